@@ -372,9 +372,9 @@ Event = BeginRequest | Stdin | StdinEnd | Data | DataEnd | AbortRequest | Refuse
 class Connection(Framing):
     """The application's side of one connection.
 
-    `exchanges` are the requests that are not answered yet, by id. `closing`: no further request will be taken, the
-    connection is to be closed once they are answered. `eof`: no input will come. `broken`: nothing can be sent. `early`:
-    a request was answered whose input may still come, and to close the socket with that unread would reset it.
+    `exchanges`: the requests that are not answered yet, by id. `closing`: no further request will be taken, and once
+    those are answered the connection is to be closed. `eof`: no input will come. `broken`: nothing can be sent.
+    `early`: a request was answered whose input may still come; to close the socket with that unread would reset it.
     """
     __slots__ = ("limits", "values", "exchanges", "closing", "eof", "early", "broken", "error",
                  "_out", "_held", "_events")

@@ -1,0 +1,213 @@
+"""`FcgiHandler`: a `socketserver` request handler that speaks FastCGI.
+
+A server makes one handler for a connection; each further request on a kept connection gets a fresh one, so nothing of
+a request is there in the next. `handle()` runs as soon as the params are complete, and input and output stream.
+Requests that the web server interleaves on one connection wait for each other, within the bounds of `Limits`.
+"""
+from __future__ import annotations
+
+import logging
+import select
+from collections.abc import Mapping
+from socketserver import BaseRequestHandler, ForkingMixIn, ThreadingMixIn
+from time import monotonic
+from typing import Any
+
+from .connection import Connection, Exchange
+from .core import Bytes, Request
+from .errors import ConnectionLost, RequestAborted
+from .request import FcgiRequest, crlf, write_log
+from .streams import Channel, InputStream, OutputStream, read
+
+__all__ = ("FcgiHandler",)
+
+log = logging.getLogger("fastcgi.handler")
+
+
+class FcgiHandler(FcgiRequest, BaseRequestHandler):
+    """Answers FastCGI requests. Subclass it and override `handle`.
+
+    Policy and members are those of `FcgiRequest`. `stdin` (also `rfile`), `data`, `stdout` (also `wfile`) and `stderr`
+    are binary files, also by name as in `self["stdin"]`.
+
+    An exception in `handle` is logged, goes to FCGI_STDERR, and gives `500` if no output has left. `SystemExit(n)` ends
+    the request with application status n. What is written after the web server has gone is dropped.
+    """
+    stdin: InputStream
+    data: InputStream
+    rfile: InputStream
+    stdout: OutputStream
+    stderr: OutputStream
+    wfile: OutputStream
+    _channel: Channel
+
+    def __init__(self, request: Any, client_address: Any, server: Any) -> None:
+        "Serve all requests of the connection `request`, a connected socket. The server closes it."
+        _Session(self, request, client_address, server).run(self)
+
+    def handle(self) -> None:
+        "Override this: answer one request."
+
+    # Input
+
+    def read(self, sz: int = -1) -> bytes:
+        "`sz` bytes of STDIN, fewer only at its end; all if negative. b'' at the end. May raise `RequestAborted`."
+        return read(self._channel, self._exchange, self._exchange.stdin, sz)
+
+    def readinto(self, buf: bytearray | memoryview) -> int:
+        "Fill `buf` from STDIN; how many bytes were read, fewer than it holds only at the end."
+        return self.stdin.readinto(buf)
+
+    def readall(self) -> bytes:
+        "All of STDIN that was not read yet."
+        return self.read()
+
+    def content(self) -> str:
+        "All of STDIN that was not read yet, as UTF-8 text."
+        return self.read().decode()
+
+    def aborted(self) -> bool:
+        "True once the web server aborted the request or closed the connection. Never blocks."
+        return self._channel.gone(self._exchange)
+
+    # Output
+
+    def write(self, data: Bytes, err: bool = False) -> int:
+        "Write bytes to STDOUT, or to STDERR if `err`; their number."
+        if err: return self.write_err(data)
+        return self._channel.write(self._exchange, data)
+
+    def write_err(self, data: Bytes) -> int:
+        "Write bytes to STDERR, which ends in the web server's log."
+        return self.stderr.write(data)
+
+    def send(self, c: Bytes | str, err: bool = False) -> int:
+        "Write bytes, or str as UTF-8."
+        return self.write(c.encode() if isinstance(c, str) else c, err)
+
+    def print(self, s: str = "") -> None:
+        "Write a line, and each line in it, to STDOUT with CRLF."
+        self.send(crlf(s))
+
+    def err(self, s: str = "") -> None:
+        "Write a line, and each line in it, to STDERR with CRLF."
+        self.send(crlf(s), err=True)
+
+    def flush(self) -> None:
+        "Send now what is buffered; the header block leaves once it is complete."
+        self._channel.flush(self._exchange)
+
+    # Streams
+
+    def __getitem__(self, k: str | int) -> InputStream | OutputStream:
+        "A stream by name or `Request` member: stdin, data, stdout or stderr."
+        name = k.lower() if isinstance(k, str) else Request(k).name.lower()
+        if name not in _STREAMS: raise KeyError(k)
+        return getattr(self, name)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        "Streams are made when they are first asked for."
+        if name not in _STREAMS and name not in _ALIASES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        name = _ALIASES.get(name, name)
+        channel, exchange = self._channel, self._exchange
+        stream: Any
+        if name == "stdin": stream = self.rfile = InputStream(channel, exchange, exchange.stdin)
+        elif name == "data": stream = InputStream(channel, exchange, exchange.data)
+        elif name == "stdout": stream = self.wfile = OutputStream(channel, exchange, channel.write)
+        elif self.stderr_to == "log": stream = OutputStream(channel, exchange, write_log)
+        else: stream = OutputStream(channel, exchange, channel.write_err)
+        setattr(self, name, stream)
+        return stream
+
+    # One request
+
+    def _answer(self) -> None:
+        "Run the life cycle of `BaseRequestHandler`, and end the request whatever happens."
+        channel, exchange = self._channel, self._exchange
+        try:
+            self.setup()
+            try: self.handle()
+            finally: self.finish()
+        except SystemExit as e: self._exited(e.code)
+        except (RequestAborted, ConnectionLost) as e: log.debug("request_id=%d ended: %s", exchange.id, e)
+        except Exception as e: self._failed(e)
+        except BaseException as e:
+            self._failed(e)
+            raise
+        finally:
+            self._check_answer()
+            channel.end(exchange, self.app_status)
+
+
+_STREAMS = ("stdin", "data", "stdout", "stderr")
+_ALIASES = {"rfile": "stdin", "wfile": "stdout"}
+
+
+class _Session(Channel):
+    """All requests of one connection.
+
+    Where the server can watch idle connections (it has a method `park`), one that has nothing for us is given to it,
+    to be resumed when it is readable. Else we wait here, and a server of one thread serves nobody meanwhile: so an
+    idle kept connection is given up as soon as another waits to be accepted.
+    """
+    served = False  # one request at least
+    busy: bool | None = None  # we wait for the rest of something, None while we do not wait
+    since = 0.0  # since when
+    lingering = False  # all is answered, see `Channel.linger`
+
+    def __init__(self, handler: FcgiHandler, request: Any, client_address: Any, server: Any) -> None:
+        self.cls = cls = type(handler)
+        self.fixed = vars(handler).copy()  # what a subclass's __init__ set before
+        self.server = server
+        super().__init__(request, Connection(cls, self.values), cls.timeout, client_address)
+
+    def run(self, handler: FcgiHandler | None = None) -> None:
+        "Serve what is there; return when the connection is done with, or parked."
+        connection = self.connection
+        while not self.lingering:
+            exchange = self.next_exchange()
+            if exchange is not None:
+                self.answer(handler or self.fresh(), exchange)
+                handler = None
+            elif connection.eof or connection.closing and not connection.exchanges: self.lingering = True
+            elif not self.receive() and not self.wait(): return
+        while not self.linger() and self.wait(): pass
+
+    def fresh(self) -> FcgiHandler:
+        handler = object.__new__(self.cls)
+        vars(handler).update(self.fixed)
+        return handler
+
+    def answer(self, handler: FcgiHandler, exchange: Exchange) -> None:
+        handler.request, handler.client_address, handler.server = self.socket, self.peer, self.server
+        handler._channel = self
+        handler._begin(exchange)
+        handler._answer()
+        self.served, self.busy = True, None
+
+    def wait(self) -> bool:
+        "Wait until there is something to read. False if the connection was parked instead, or is given up."
+        request, server = self.socket, self.server
+        busy = self.lingering or bool(self.connection.exchanges)
+        if busy is not self.busy: self.busy, self.since = busy, monotonic()
+        limit = self.timeout if busy else self.cls.idle_timeout
+        until = None if limit is None else self.since + limit
+        alone = not isinstance(server, (ThreadingMixIn, ForkingMixIn))
+        if alone and (park := getattr(server, "park", None)):
+            park(request, self.run, until, busy)
+            return False
+        watch = select.poll()
+        watch.register(request, select.POLLIN)
+        if alone and self.served and not busy: watch.register(server, select.POLLIN)
+        ready = dict(watch.poll(None if until is None else max(until - monotonic(), 0) * 1000))
+        if request.fileno() in ready: return True
+        if busy: log.warning("connection closed: incomplete after %s s, peer=%r", limit, self.peer)
+        self.connection.receive_eof()
+        return False
+
+    def values(self) -> Mapping[str, str]:
+        "What GET_VALUES is told (spec 4.1): on a connection, requests are served one after another."
+        conns = 1000 if isinstance(self.server, ThreadingMixIn) else getattr(self.server, "max_children", 1)
+        conns = str(getattr(self.server, "max_conns", conns))
+        return {"FCGI_MAX_CONNS": conns, "FCGI_MAX_REQS": conns, "FCGI_MPXS_CONNS": "0"}

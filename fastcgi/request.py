@@ -1,0 +1,102 @@
+"""One request as handlers of both kinds, blocking and asyncio, see it: policy, members, and what is said when it fails.
+
+Nothing here does I/O. The text for a log holds no query, no header and no control character of the request.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from typing import Any
+
+from .connection import Exchange, Limits, status_page
+from .core import Bytes
+
+__all__ = ("FcgiRequest",)
+
+log = logging.getLogger("fastcgi.handler")
+stderr_log = logging.getLogger("fastcgi.stderr")
+
+CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160))}
+KEEP_LINES = {k: v for k, v in CONTROLS.items() if k not in (9, 10)}
+
+
+class FcgiRequest(Limits):
+    """What `FcgiHandler` and `AsyncFcgiHandler` share.
+
+    Class attributes are the policy, those of `Limits` included. Members of an instance belong to one request: `environ`
+    (also `params`) is a `dict[str, str]` of the CGI variables, names as sent, UTF-8 with surrogateescape. `role`,
+    `request_id` and `keep_conn` are those of BEGIN_REQUEST; web servers ignore `app_status`, sent with END_REQUEST.
+    """
+    timeout: float | None = 60  # seconds to wait for the peer to send what is due, or to take bytes
+    idle_timeout: float | None = 75  # seconds a kept connection may be silent; nginx gives up its own after 60
+    stderr_to = "fcgi"  # or "log" (logger `fastcgi.stderr`) where the front end cannot bear FCGI_STDERR, as HAProxy 2.6
+    show_errors = False  # tell the client what went wrong: for development only
+
+    environ: dict[str, str]
+    params: dict[str, str]
+    role: int
+    request_id: int
+    keep_conn: bool
+    app_status: int
+    _exchange: Exchange
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        "`stderr = \"log\"` in a class body is the policy `stderr_to`, since `self.stderr` is a file."
+        super().__init_subclass__(**kwargs)
+        if isinstance(where := cls.__dict__.get("stderr"), str):
+            cls.stderr_to = where
+            type.__delattr__(cls, "stderr")
+
+    def _begin(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.environ = self.params = exchange.environ
+        self.role, self.request_id, self.keep_conn = exchange.role, exchange.id, exchange.keep_conn
+        self.app_status = 0
+
+    def _exited(self, code: object) -> None:
+        "`sys.exit(code)`: a number is the application status, text goes to STDERR, as in any program."
+        if isinstance(code, str): self._exchange.write_err(crlf(code).encode("utf-8", "surrogateescape"))
+        self.app_status = code if isinstance(code, int) else int(code is not None)
+
+    def _failed(self, error: BaseException) -> None:
+        "The application raised: tell the log, the web server's log, and, if it still can be told, the client."
+        self.app_status, trace = 1, _trace(error) if isinstance(error, Exception) else ""
+        if trace:
+            log.error("handler raised: %s\n%s", self._about(), trace.rstrip("\n").translate(KEEP_LINES))
+            if self.stderr_to != "log": self._exchange.write_err(trace.encode("utf-8", "backslashreplace"))
+        if self._exchange.discard_output(): self._write_page(trace)
+
+    def _check_answer(self) -> None:
+        "A web server makes anything of no answer, from an empty 200 to a hang: so there is one."
+        if self._exchange.answered or self._exchange.aborted: return
+        log.error("nothing was written, sent 500: %s", self._about())
+        self._write_page("")
+
+    def _write_page(self, trace: str) -> None:
+        head = self.environ.get("REQUEST_METHOD") == "HEAD"
+        page = status_page("500 Internal Server Error", not head)
+        if self.show_errors and not head: page += b"\n" + trace.encode("utf-8", "backslashreplace")
+        self._exchange.write(page)
+
+    def _about(self) -> str:
+        path = self.environ.get("REQUEST_URI", "").partition("?")[0]
+        text = f"request_id={self.request_id} method={self.environ.get('REQUEST_METHOD', '')} path={path}"
+        return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
+
+
+def _trace(e: Exception) -> str:
+    "The traceback, from the application's first line on."
+    tb, ours = e.__traceback__, os.path.dirname(__file__)
+    while tb and os.path.dirname(tb.tb_frame.f_code.co_filename) == ours: tb = tb.tb_next
+    return "".join(traceback.format_exception(type(e), e, tb or e.__traceback__))
+
+
+def crlf(s: str) -> str: return s.replace("\r\n", "\n").replace("\n", "\r\n") + "\r\n"
+
+
+def write_log(exchange: Exchange, data: Bytes) -> int:
+    "Write STDERR to the log, line by line."
+    text = bytes(data).decode("utf-8", "backslashreplace")
+    for line in text.splitlines(): stderr_log.warning("request_id=%d: %s", exchange.id, line.translate(CONTROLS))
+    return len(bytes(data))

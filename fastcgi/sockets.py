@@ -1,0 +1,497 @@
+"""Addresses to listening sockets: Unix, TCP, inherited descriptors and systemd's.
+
+`listen` takes any address that the library takes and gives a listening socket; `parse_address` is its reading
+half. Every mistake a user can make is an `AddressError` with one line that says what to do.
+
+A Unix socket is made in a private directory beside its path: bound, given mode, owner and queue, and only then linked
+to the path. So whoever sees it sees it finished, no umask is touched, and no name that somebody
+else could swap is ever changed. The directory is also the lock among servers that start at the same moment.
+Nothing here knows FastCGI. Start reading at `listen`.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import grp
+import logging
+import os
+import pwd
+import re
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from .errors import FcgiError
+
+__all__ = ("Address", "AddressError", "UnixListener", "allowed_peers", "is_listening", "listen", "no_delay",
+           "parse_address", "peer_allowed", "remove", "systemd_sockets")
+
+BACKLOG = 1024  # connections; the kernel's own limit (Linux: net.core.somaxconn, 4096) may cut it
+MAX_PATH = 103 if sys.platform == "darwin" or "bsd" in sys.platform else 107  # bytes of sun_path, less its NUL
+LOCK_WAIT = 5.0  # seconds to wait for another server that is starting on the same path
+PROBE_WAIT = 1.0  # seconds for the connect that asks whether a socket file is alive
+LISTEN_FDS_START = 3  # sd_listen_fds(3)
+FAMILIES = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}
+LOOPBACK = "127.0.0.1"
+FD_HINT = "start me from a web server or give an address"
+TCP = re.compile(r"(?:\[([^\[\]\s]+)\]|([^\[\]:\s]*)):([0-9]{1,5})")
+
+log = logging.getLogger("fastcgi.server")
+
+
+class AddressError(FcgiError, OSError):
+    """An address that is wrong, taken or forbidden. The text is one line that says what to do.
+
+    `errno` is set where the system refused, such as EADDRINUSE.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class Address(NamedTuple):
+    "A parsed address: `kind` says which of the other fields count. Its str is an address again, but for 'socket'."
+    kind: str  # 'unix', 'tcp', 'fd', 'systemd' or 'socket'
+    path: str = ""  # unix: as given
+    host: str = ""  # tcp: a name or an IP address, never empty
+    port: int = 0  # tcp: 0 to 65535, 0 picks a free one
+    fd: int = -1  # fd: the descriptor
+    name: str = ""  # systemd: FileDescriptorName, or empty for the first socket
+    sock: socket.socket | None = None  # socket: the object itself
+
+    def __str__(self) -> str:
+        if self.kind == "unix": return f"unix:{self.path}"
+        if self.kind == "tcp": return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        if self.kind == "fd": return f"fd:{self.fd}"
+        if self.kind == "systemd": return f"systemd:{self.name}" if self.name else "systemd"
+        return repr(self.sock)
+
+
+AddressLike = Address | str | os.PathLike[str] | tuple[str, int] | int | socket.socket
+
+
+class UnixListener(socket.socket):
+    "A listening Unix socket that knows its file; made by `listen`."
+    path: str = ""  # as given
+    file: str = ""  # the same, absolute
+    identity: tuple[int, ...] = ()  # of the file
+    pid: int = -1  # the process that bound it
+
+    def getsockname(self) -> Any:
+        "The path clients use. (The kernel has the private name that it was bound to.)"
+        return self.path or super().getsockname()
+
+
+# Addresses
+
+def parse_address(
+    address: AddressLike,  # in any form listed below
+) -> Address:
+    """Read an address: `"fcgi.sock"`, `"unix:/run/app.sock"`, a `Path`, `("localhost", 1234)`, `"localhost:1234"`,
+    `":1234"` (loopback), `"[::1]:1234"`, `"fd:0"`, `0`, `"systemd"`, `"systemd:NAME"` or a listening socket.
+
+    In a str, `unix:` always begins a path and a slash always makes one; otherwise a colon makes it TCP, and
+    what has no colon is a path. No host, or an empty one, is loopback: to listen everywhere say `0.0.0.0` or `[::]`.
+    Nothing is looked up or opened. Raises `AddressError` for anything else.
+    """
+    if isinstance(address, Address): return address
+    if isinstance(address, socket.socket): return Address("socket", sock=address)
+    if isinstance(address, os.PathLike): return _unix(os.fsdecode(address))
+    if isinstance(address, (tuple, list)) and len(address) == 2: return _tcp(*address)
+    if isinstance(address, int) and not isinstance(address, bool): return _fd(address)
+    if isinstance(address, str): return _parse_str(address)
+    raise AddressError(f"bad address {address!r}: give a path, (host, port), a descriptor or a listening socket")
+
+
+def _parse_str(s: str) -> Address:
+    kind, colon, rest = s.partition(":")
+    if not s: raise AddressError("bad address '': it is empty; give a path or host:port")
+    if kind == "unix" and colon: return _unix(rest)
+    if "/" in s: return _unix(s)
+    if kind == "systemd": return Address("systemd", name=rest)
+    if kind == "fd" and colon:
+        if not re.fullmatch("[0-9]{1,9}", rest): raise AddressError(f"bad address {s!r}: after fd: comes a number")
+        return _fd(int(rest))
+    if s.isdigit(): raise AddressError(f"bad address {s!r}: write ':{s}' for a port, './{s}' for a path")
+    if not colon and not s.startswith("["): return _unix(s)
+    if m := TCP.fullmatch(s): return _tcp(m[1] or m[2], int(m[3]))
+    if s.count(":") > 1 and "[" not in s:
+        raise AddressError(f"bad address {s!r}: an IPv6 address goes in brackets, as in [::1]:1234")
+    raise AddressError(f"bad address {s!r}: expected host:port, a port being 0 to 65535; a path begins 'unix:' or './'")
+
+
+def _unix(path: str) -> Address:
+    if not path: raise AddressError("bad address: the path is empty; give one, such as fcgi.sock")
+    if "\0" in path: raise AddressError(f"bad address {path!r}: a path holds no NUL, and abstract ones are not for us")
+    return Address("unix", path=path)
+
+
+def _tcp(host: object, port: object) -> Address:
+    if host is not None and not isinstance(host, str):
+        raise AddressError(f"bad address {(host, port)!r}: the host must be a str")
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port <= 65535:
+        raise AddressError(f"bad address {(host, port)!r}: the port must be a number of 0 to 65535")
+    return Address("tcp", host=host or LOOPBACK, port=port)
+
+
+def _fd(fd: int) -> Address:
+    if fd < 0: raise AddressError(f"bad address {fd}: a descriptor is 0 or more")
+    return Address("fd", fd=fd)
+
+
+# Listening
+
+def listen(
+    address: AddressLike = "fcgi.sock",  # in any form that `parse_address` takes
+    *,
+    backlog: int = BACKLOG,  # connections that may wait to be accepted
+    mode: int | None = None,  # Unix: permission bits; None for 0o660 where there is a group, else 0o600
+    user: str | int | None = None,  # Unix: the owner, a name or an id; needs root
+    group: str | int | None = None,  # Unix: the group, a name or an id; the web server's, as a rule
+    reuse_port: bool = False,  # TCP: let other processes bind the same port
+) -> socket.socket:
+    """A listening stream socket for `address`, made or, where it is inherited, adopted.
+
+    - A Unix socket has its mode and owner from the first moment. A dead socket at its path is replaced, a live one or
+      anything that is no socket never. Its path has at most 107 bytes. `remove` takes the file away again.
+    - TCP binds the first address of the host, IPv4 before IPv6. An empty host is 127.0.0.1.
+    - `fd:N` and `systemd` are adopted: closing the object closes the descriptor. Whether it blocks, which is shared
+      with sibling processes, stays as found. Of `fd:N` inheritance stays too; systemd's are closed on exec.
+      `backlog`, `mode`, `user`, `group` and `reuse_port` are then whoever made the socket's affair.
+
+    Raises `AddressError`, and nothing else, where that cannot be.
+    """
+    a = parse_address(address)
+    if mode is not None and not 0 <= mode <= 0o777:
+        raise AddressError(f"bad mode {mode}: it has at most nine bits; write it in octal, as in 0o660")
+    try:
+        if a.sock: return _checked(a.sock, "the socket object", "give one that does")
+        if a.kind == "fd": return _adopt(a.fd, FD_HINT)
+        if a.kind == "systemd": return _systemd(a.name)
+        if a.kind == "unix": return _listen_unix(a.path, backlog, mode, user, group)
+        if (mode, user, group) != (None, None, None):
+            raise AddressError(f"{a} is a TCP address: mode, user and group are for Unix sockets")
+        return _listen_tcp(a, backlog, reuse_port)
+    except AddressError: raise
+    except OSError as e: raise AddressError(f"cannot listen at {a}: {e.strerror or e}", e.errno) from e
+
+
+def _listen_tcp(a: Address, backlog: int, reuse_port: bool) -> socket.socket:
+    try: found = socket.getaddrinfo(a.host, a.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as e:
+        raise AddressError(f"no such host: {a.host}; give a name or an IP address of this machine") from e
+    family, kind, proto, _, addr = min(found, key=lambda o: o[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port: sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        no_delay(sock)
+        sock.bind(addr)
+        sock.listen(backlog)
+    except OSError as e:
+        sock.close()
+        why = {errno.EADDRINUSE: f"address in use by a live server: {a}; stop it or choose another port",
+               errno.EADDRNOTAVAIL: f"not an address of this machine: {a.host}",
+               errno.EACCES: f"not allowed to listen at {a}: choose a port over 1023"}.get(e.errno or 0)
+        if why is None: raise
+        raise AddressError(why, e.errno) from e
+    return sock
+
+
+def no_delay(sock: socket.socket) -> None:
+    """Send small TCP answers at once, without Nagle's wait; nothing for other families.
+
+    Linux passes it from a listening socket to those it accepts, so for the ones that `listen` makes it is done.
+    For inherited ones, and elsewhere, call it on what was accepted.
+    """
+    if sock.family != socket.AF_UNIX: sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+# Unix sockets
+
+def _listen_unix(
+    path: str, backlog: int, mode: int | None, user: str | int | None, group: str | int | None
+) -> UnixListener:
+    if (n := len(os.fsencode(path))) > MAX_PATH:
+        raise AddressError(f"socket path too long: {n} bytes, at most {MAX_PATH}; choose a shorter one than {path}")
+    uid = _id("user", user, lambda o: pwd.getpwnam(o).pw_uid)
+    gid = _id("group", group, lambda o: grp.getgrnam(o).gr_gid)
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."): raise AddressError(f"not a socket at that path: {path} is a directory; choose another")
+    with _folder(folder or ".") as parent, _private(folder, f".{name}.new", parent) as private:
+        _make_way(path, name, parent)
+        sock = UnixListener(socket.AF_UNIX)
+        try:
+            # Up to the link only we can reach the socket. All goes by descriptor, save bind, which knows but paths:
+            # were that path swapped under us, chmod would miss the socket and nothing would be published.
+            inner = os.path.join(folder, f".{name}.new", name)
+            if len(os.fsencode(inner)) > MAX_PATH: inner = f"/proc/self/fd/{private}/{name}"
+            sock.bind(inner)
+            os.chmod(name, mode if mode is not None else 0o600 if gid == -1 else 0o660, dir_fd=private)
+            _chown(path, name, uid, gid, private)
+            sock.listen(backlog)
+            _publish(path, name, private, parent)
+            sock.path, sock.file, sock.pid = path, os.path.abspath(path), os.getpid()
+            sock.identity = _identity(os.stat(name, dir_fd=parent, follow_symlinks=False))
+        except BaseException: sock.close(); raise
+    if mode is None and uid == gid == -1:
+        log.info("socket is for this user alone: path=%s mode=0600; to let the web server in, give its group, as in "
+                 "group='www-data'", path)
+    return sock
+
+
+def _id(kind: str, name: str | int | None, look_up: Callable[[str], int]) -> int:
+    "The id of a user or group, -1 for None."
+    if name is None: return -1
+    if isinstance(name, str):
+        with suppress(KeyError): return look_up(name)
+    if re.fullmatch("[0-9]{1,10}", str(name)) and int(name) < 2**32 - 1: return int(name)
+    raise AddressError(f"no such {kind}: {name}")
+
+
+@contextmanager
+def _folder(folder: str) -> Iterator[int]:
+    try: fd = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+    except FileNotFoundError as e: raise AddressError(f"no such directory: {folder}; create it first", e.errno) from e
+    except NotADirectoryError as e: raise AddressError(f"not a directory: {folder}; choose another", e.errno) from e
+    except PermissionError as e: raise AddressError(f"not allowed to enter {folder}: choose another", e.errno) from e
+    try: yield fd
+    finally: os.close(fd)
+
+
+@contextmanager
+def _private(folder: str, name: str, parent: int) -> Iterator[int]:
+    """A directory that only we can enter, locked while it is ours and gone afterwards.
+
+    One that a killed server left behind is used again, as its lock died with it.
+    """
+    path, deadline = os.path.join(folder, name), time.monotonic() + LOCK_WAIT
+    while (fd := _enter(path, name, parent)) is None:
+        if time.monotonic() > deadline: raise AddressError(f"another server is starting: {path} is locked; try again")
+        time.sleep(0.01)
+    try:
+        yield fd
+    finally:
+        try:
+            _empty(fd)
+            if _same(os.fstat(fd), name, parent): os.rmdir(name, dir_fd=parent)
+        finally: os.close(fd)  # and so unlock it: who waited for that then sees that it is gone
+
+
+def _enter(path: str, name: str, parent: int) -> int | None:
+    "One try to make and lock the directory; None if somebody else has it."
+    try:
+        with suppress(FileExistsError): os.mkdir(name, 0o700, dir_fd=parent)
+    except PermissionError as e:
+        folder = os.path.dirname(path) or os.getcwd()
+        raise AddressError(f"not allowed to write to {folder}: choose another or start as its owner", e.errno) from e
+    try: fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    except FileNotFoundError: return None
+    except OSError as e: raise AddressError(f"{path} is in the way: remove it", e.errno) from e
+    try:
+        st = os.fstat(fd)
+        if st.st_uid != os.geteuid() or st.st_mode & 0o077:
+            raise AddressError(f"{path} is in the way and not private: remove it")
+        if _lock(fd) and _same(st, name, parent):
+            _empty(fd)
+            return fd
+    except BaseException: os.close(fd); raise
+    os.close(fd)
+    return None
+
+
+def _lock(fd: int) -> bool:
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError as e:  # NFS does not lock directories; then the link alone decides who is first
+        log.debug("file system without locks: error=%s", e)
+    return True
+
+
+def _same(st: os.stat_result, name: str, parent: int) -> bool:
+    try: return os.path.samestat(st, os.stat(name, dir_fd=parent, follow_symlinks=False))
+    except FileNotFoundError: return False
+
+
+def _empty(fd: int) -> None:
+    for o in os.listdir(fd): os.unlink(o, dir_fd=fd)
+
+
+def _make_way(path: str, name: str, parent: int) -> None:
+    "Remove a dead socket; raise `AddressError` for whatever else is at the path."
+    try: st = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError: return
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link"}
+    if not stat.S_ISSOCK(st.st_mode):
+        what = kinds.get(stat.S_IFMT(st.st_mode), "a special file")
+        raise AddressError(f"not a socket at that path: {path} is {what}; remove it or choose another", errno.EEXIST)
+    if _alive(path): raise _in_use(path)
+    if _same(st, name, parent): os.unlink(name, dir_fd=parent)
+
+
+def _alive(path: str) -> bool:
+    "Whether somebody listens there; only a refused connection says no."
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(PROBE_WAIT)
+        try: sock.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError): return False
+        except PermissionError as e:
+            raise AddressError(f"not allowed to connect to the socket at {path}; is it dead, remove it", e.errno) from e
+        except OSError: return True  # a full backlog, a socket of another type
+        return True
+
+
+def _in_use(path: str) -> AddressError:
+    return AddressError(f"address in use by a live server: {path}; stop it or choose another path", errno.EADDRINUSE)
+
+
+def _chown(path: str, name: str, uid: int, gid: int, private: int) -> None:
+    if uid == gid == -1: return
+    try: os.chown(name, uid, gid, dir_fd=private, follow_symlinks=False)
+    except PermissionError as e:
+        whose = f"user {uid}" if uid != -1 else f"group {gid}"
+        raise AddressError(f"not allowed to give {path} to {whose}: start as root or as a member", e.errno) from e
+
+
+def _publish(path: str, name: str, private: int, parent: int) -> None:
+    "Move the finished socket to its path, over nothing: a link, unlike a rename, never replaces."
+    try: os.link(name, name, src_dir_fd=private, dst_dir_fd=parent)
+    except FileExistsError: raise _in_use(path) from None
+    except OSError:  # no hard links there, or none of what we gave away; the path was free a moment ago
+        os.rename(name, name, src_dir_fd=private, dst_dir_fd=parent)
+
+
+def _identity(st: os.stat_result) -> tuple[int, ...]:
+    "What tells our file from a later one that was given the same inode."
+    return st.st_dev, st.st_ino, st.st_mtime_ns
+
+
+def remove(
+    sock: socket.socket,  # any socket; only those that `listen` bound to a path have a file
+) -> bool:  # True if there was a file of ours and it is gone
+    """Remove the socket's file, if it is still the one that `listen` made and this is the process that did.
+
+    So a forked child, a second call and a file that another server has put there since are all safe.
+    Call it before the last process closes the socket: a live socket is never taken over. Never raises.
+    """
+    if not isinstance(sock, UnixListener) or sock.pid != os.getpid(): return False
+    try:
+        if _identity(os.lstat(sock.file)) != sock.identity: return False
+        os.unlink(sock.file)
+    except FileNotFoundError: return False
+    except OSError as e:
+        log.info("socket file stays: path=%s error=%s", sock.file, e.strerror)
+        return False
+    return True
+
+
+# Inherited sockets
+
+def is_listening(fd: int = 0) -> bool:
+    """Whether `fd` is a listening stream socket, so that fd 0 tells a spawned application from a CGI script (spec 2.2).
+
+    Changes and closes nothing.
+    """
+    try: _adopt(fd, "").detach()
+    except AddressError: return False
+    return True
+
+
+def _adopt(fd: int, hint: str) -> socket.socket:
+    "A socket object on an inherited descriptor, which then belongs to it. Nothing is closed on failure."
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise AddressError(f"fd {fd} is not a socket: {hint}", errno.ENOTSOCK)
+        blocking = os.get_blocking(fd)
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(blocking)  # as found, also where socket.setdefaulttimeout() was used
+    except AddressError: raise
+    except (OSError, OverflowError) as e: raise AddressError(f"fd {fd} is not open: {hint}", errno.EBADF) from e
+    try: return _checked(sock, f"fd {fd}", hint)
+    except AddressError: sock.detach(); raise
+
+
+def _checked(sock: socket.socket, what: str, hint: str) -> socket.socket:
+    try: kind, accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE), _accepts(sock)
+    except OSError as e: raise AddressError(f"{what} is not open: {hint}", e.errno) from e
+    if sock.family not in FAMILIES or kind != socket.SOCK_STREAM:
+        raise AddressError(f"{what} is not a TCP or Unix stream socket: {hint}")
+    if not accepts: raise AddressError(f"{what} is a socket that does not listen: {hint}")
+    return sock
+
+
+def _accepts(sock: socket.socket) -> bool:
+    try: return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError as e:
+        if e.errno == errno.EBADF: raise
+    try: sock.getpeername()  # where the option cannot be read: spec 2.2
+    except OSError as e: return e.errno == errno.ENOTCONN
+    return False
+
+
+def systemd_sockets() -> list[tuple[str, int]]:  # name and descriptor, in systemd's order
+    """What the service manager passed to this process, as in sd_listen_fds(3).
+
+    Empty where LISTEN_PID is not this process or LISTEN_FDS is absent. A socket without a name is 'unknown'.
+    They are marked to be closed on exec; nothing else is changed or checked.
+    Raises `AddressError` where LISTEN_FDS is no number.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()): return []
+    n = os.environ.get("LISTEN_FDS", "0")
+    if not re.fullmatch("[0-9]{1,4}", n): raise AddressError(f"LISTEN_FDS is {n!r}: expected a number of sockets")
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    found = [(names[i] if i < len(names) and names[i] else "unknown", LISTEN_FDS_START + i) for i in range(int(n))]
+    for _, fd in found:
+        with suppress(OSError): os.set_inheritable(fd, False)  # one that is not open is refused when it is used
+    return found
+
+
+def _systemd(name: str) -> socket.socket:
+    found = systemd_sockets()
+    if not found:
+        why = " ".join(f"{o}={os.environ.get(o, '')}" for o in ("LISTEN_FDS", "LISTEN_PID"))
+        raise AddressError(f"no sockets from systemd for process {os.getpid()} ({why}): "
+                           "start me from a .socket unit or give an address")
+    fd = next((fd for o, fd in found if name in ("", o)), None)
+    if fd is None:
+        raise AddressError(f"no socket named {name} from systemd: there is {', '.join(o for o, _ in found)}")
+    return _adopt(fd, "it should come from systemd")
+
+
+# Peers
+
+def allowed_peers(
+    addrs: str | Iterable[str] | None,  # "127.0.0.1,::1", as FCGI_WEB_SERVER_ADDRS has it, or one by one
+) -> frozenset[bytes] | None:  # for `peer_allowed`
+    """Read the addresses that may connect (spec 3.2). None lets everybody in, an empty list nobody over TCP.
+
+    Whole IPv4 and IPv6 addresses, no names, no networks; others raise `AddressError`.
+    """
+    if addrs is None: return None
+    items = [o.strip() for o in (addrs.split(",") if isinstance(addrs, str) else addrs)]
+    packed = {o: _pack_ip(o) for o in items if o}
+    for o, ip in packed.items():
+        if ip is None: raise AddressError(f"not an IP address: {o!r}; the web server's are listed as in 127.0.0.1,::1")
+    return frozenset(o for o in packed.values() if o)
+
+
+def peer_allowed(
+    addr: Any,  # what accept() gave: a tuple for TCP
+    allowed: frozenset[bytes] | None,  # of `allowed_peers`
+) -> bool:
+    "Whether this peer may connect. Who comes by a Unix socket has passed the file's permissions and always may."
+    return allowed is None or not isinstance(addr, tuple) or _pack_ip(addr[0]) in allowed
+
+
+def _pack_ip(s: str) -> bytes | None:
+    "The address in network form, an IPv4-mapped IPv6 one as IPv4; None if it is none."
+    with suppress(OSError, ValueError): return socket.inet_pton(socket.AF_INET, s)
+    with suppress(OSError, ValueError):
+        ip = socket.inet_pton(socket.AF_INET6, s.partition("%")[0])
+        return ip[12:] if ip.startswith(bytes(10) + b"\xff\xff") else ip
+    return None

@@ -1,0 +1,264 @@
+"""A socket with its `Connection`, and file objects over STDIN, DATA, STDOUT and STDERR.
+
+`Channel` is the blocking side of the I/O: it receives when a reader needs input, sends what the connection has to
+send, and keeps the time. The file objects are `io.BufferedIOBase` and hold nothing themselves.
+"""
+from __future__ import annotations
+
+import io
+import logging
+import select
+import socket
+from time import monotonic
+from typing import Any
+
+from .connection import AbortRequest, BeginRequest, Connection, Exchange, Input, Refused
+from .core import Bytes
+from .errors import RemoteProtocolError
+
+__all__ = ("Channel", "InputStream", "OutputStream")
+
+log = logging.getLogger("fastcgi.handler")
+
+RECV = 1 << 16  # bytes asked of one recv
+_JOIN = 1 << 14  # bytes up to which copying buffers together is cheaper than `sendmsg`
+_IOV = 64  # buffers given to one `sendmsg`
+_DONTWAIT = socket.MSG_DONTWAIT
+_RDHUP = getattr(select, "POLLRDHUP", 0)
+
+
+class Channel:
+    """A connected socket and the `Connection` that understands it.
+
+    Every wait has a deadline. A peer that is too slow, gone, or breaks the protocol ends the connection, which the
+    exchanges on it notice as an abort: nothing here raises because of the peer. Works whatever the socket's blocking
+    mode: no call blocks but `poll`.
+    """
+    _poll: Any = None
+    _sending = False
+    _left = -1  # bytes that `linger` may still throw away, once it has begun
+
+    def __init__(
+        self,
+        sock: socket.socket,  # connected, of type SOCK_STREAM
+        connection: Connection,
+        timeout: float | None,  # seconds to wait for the peer to send or to take bytes, None for ever
+        peer: Any = "",  # its address, for the log
+    ) -> None:
+        self.socket, self.connection, self.timeout, self.peer = sock, connection, timeout, peer
+        self.waiting: list[Exchange] = []  # begun, and not started
+
+    def next_exchange(self) -> Exchange | None:
+        "The next request to start, if its params are here."
+        while self.waiting:
+            exchange = self.waiting.pop(0)
+            if not exchange.ended:
+                self.connection.start(exchange)
+                return exchange
+        return None
+
+    def receive(self, wait: float | None = 0) -> bool:  # wait: seconds, None for ever
+        "Take in what has arrived, or arrives within `wait`. False if nothing did."
+        try: data = self.socket.recv(RECV, _DONTWAIT)
+        except BlockingIOError:
+            if wait == 0 or not self.poll(select.POLLIN, wait): return False
+            return self.receive()
+        except OSError: data = b""
+        connection = self.connection
+        try: events = connection.receive_data(data) if data else connection.receive_eof()
+        except RemoteProtocolError: events = []
+        for event in events:
+            if type(event) is BeginRequest: self.waiting.append(event.exchange)
+            elif type(event) is Refused:
+                log.warning("request refused request_id=%d peer=%r: %s", event.request_id, self.peer, event.reason)
+            elif type(event) is AbortRequest: log.debug("request aborted request_id=%d", event.exchange.id)
+        if connection.error and not connection.eof:
+            log.warning("connection closed, peer=%r broke the protocol: %s", self.peer, connection.error)
+            connection.receive_eof()
+        if connection.pending: self.send()
+        return True
+
+    def fill(self, exchange: Exchange, stream: Input) -> bool:
+        """Wait until `stream` has bytes. False at its end.
+
+        Raises `RequestAborted` or `ConnectionLost` if they can no longer come.
+        """
+        while not stream.size:
+            if stream.ended: return False
+            exchange.check()
+            if not self.receive(self.timeout): self.give_up("nothing was sent")
+        return True
+
+    def send(self) -> None:
+        "Send all that the connection has to send."
+        if self._sending: return  # called while a send waits: what is new follows behind what is on its way
+        self._sending = True
+        while out := self.connection.data_to_send(): self._send(out)
+        self._sending = False
+
+    def _send(self, out: list[Any]) -> None:
+        total = len(out[0]) if len(out) == 1 else sum(map(len, out))
+        if total <= _JOIN and len(out) > 1: out = [b"".join(out)]
+        while total:
+            try:
+                if len(out) == 1: n = self.socket.send(out[0], _DONTWAIT)
+                else: n = self.socket.sendmsg(out[:_IOV], (), _DONTWAIT)
+            except BlockingIOError:
+                if self._wait_writable(): continue
+                return self.give_up("nothing was read")
+            except OSError as e:
+                log.debug("send failed peer=%r: %s", self.peer, e)
+                self.connection.send_failed()
+                return
+            total -= n
+            if not total: return
+            while out and n >= len(out[0]): n -= len(out.pop(0))
+            if n: out[0] = memoryview(out[0])[n:]
+
+    def _wait_writable(self) -> bool:
+        """Wait until the peer takes bytes again. False if it does not within `timeout`.
+
+        Meanwhile what it sends is taken in, within `Limits.max_buffer`: front ends that read no answer before they
+        have sent the whole body (Caddy, h2o) would wait for us as we for them.
+        """
+        end, connection = _after(self.timeout), self.connection
+        while True:
+            full = connection.eof or connection.held > connection.limits.max_buffer or connection.pending > _IOV
+            ready = self.poll(select.POLLOUT | (0 if full else select.POLLIN), _until(end))
+            if ready != select.POLLIN: return ready != 0
+            self.receive()
+
+    def poll(self, events: int, wait: float | None) -> int:
+        "The poll(2) bits among `events`, or of a failure, that are set within `wait` seconds; 0 if none."
+        if self._poll is None: self._poll = select.poll()
+        self._poll.register(self.socket, events)
+        ready = self._poll.poll(None if wait is None else max(int(wait * 1000 + .999), 0))
+        return ready[0][1] if ready else 0
+
+    def give_up(self, why: str) -> None:
+        "The peer is too slow: from here on it counts as gone."
+        log.warning("connection closed after %s s: %s by peer=%r", self.timeout, why, self.peer)
+        self.connection.send_failed()
+
+    def gone(self, exchange: Exchange) -> bool:
+        "Whether the web server aborted `exchange` or closed the connection; takes in what has arrived, within bounds."
+        while not exchange.aborted:
+            if self.connection.held > RECV: return self.poll(_RDHUP, 0) != 0
+            if not self.receive(): return False
+        return True
+
+    def write(self, exchange: Exchange, data: Bytes) -> int:
+        n = exchange.write(data)
+        if self.connection.pending: self.send()
+        return n
+
+    def write_err(self, exchange: Exchange, data: Bytes) -> int:
+        n = exchange.write_err(data)
+        if self.connection.pending: self.send()
+        return n
+
+    def flush(self, exchange: Exchange) -> None:
+        exchange.flush()
+        if self.connection.pending: self.send()
+
+    def end(self, exchange: Exchange, app_status: int) -> None:
+        "Finish the answer and send it; on a kept connection END_REQUEST follows once STDIN has ended."
+        exchange.end(app_status)
+        if self.connection.pending: self.send()
+
+    def linger(self, wait: float | None = 0) -> bool:  # wait: seconds for the whole of it, None for ever
+        """Let the peer read our answer before the socket is closed: unread input would make of that a reset.
+
+        What still comes is thrown away, at most `Limits.drain` bytes of it. True once nothing more has to be done.
+        """
+        connection = self.connection
+        if connection.eof or connection.error or not connection.early: return True
+        end = _after(wait)
+        try:
+            if self._left < 0:
+                self._left = connection.limits.drain
+                self.socket.shutdown(socket.SHUT_WR)
+            while self._left > 0:
+                if not self.poll(select.POLLIN, _until(end)): return False
+                if not (n := len(self.socket.recv(RECV, _DONTWAIT))): return True
+                self._left -= n
+        except OSError: pass  # it is gone already
+        return True
+
+
+def _after(wait: float | None) -> float | None: return None if wait is None else monotonic() + wait
+def _until(end: float | None) -> float | None: return None if end is None else max(end - monotonic(), 0)
+
+
+class InputStream(io.BufferedIOBase):
+    "STDIN or DATA of a request: ends where the stream ends, then gives b''. Reading may raise `RequestAborted`."
+
+    def __init__(self, channel: Channel, exchange: Exchange, stream: Input) -> None:
+        self._channel, self._exchange, self._stream = channel, exchange, stream
+
+    def readable(self) -> bool: return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        "`size` bytes, fewer only at the end; all there are if it is negative or None."
+        return read(self._channel, self._exchange, self._stream, -1 if size is None else size)
+
+    def read1(self, size: int = -1, /) -> bytes:
+        "At least one byte and at most `size`, whatever is there first; b'' at the end."
+        if not size or not self._channel.fill(self._exchange, self._stream): return b""
+        return self._stream.take(size)
+
+    def readinto(self, buffer: Any, /) -> int:
+        "Fill `buffer`; how many bytes were read, fewer than it holds only at the end."
+        view, done = memoryview(buffer).cast("B"), 0
+        while done < len(view) and self._channel.fill(self._exchange, self._stream):
+            done += self._stream.take_into(view[done:])
+        return done
+
+    def readinto1(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        if not len(view) or not self._channel.fill(self._exchange, self._stream): return 0
+        return self._stream.take_into(view)
+
+    def peek(self, size: int = 0, /) -> bytes:
+        "Bytes that come next, at least one unless this is the end."
+        return self._stream.peek(max(size, 1)) if self._channel.fill(self._exchange, self._stream) else b""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        "A line with its end, at most `size` bytes of it."
+        parts, left = [], -1 if size is None else size
+        while left and self._channel.fill(self._exchange, self._stream):
+            parts.append(self._stream.take_line(left))
+            if parts[-1].endswith(b"\n"): break
+            if left > 0: left -= len(parts[-1])
+        return b"".join(parts)
+
+
+class OutputStream(io.BufferedIOBase):
+    "STDOUT or STDERR of a request. Never raises because of the peer: what nobody will read is dropped."
+    held = False  # `flush` does nothing: the request is about to end, and its output leaves with END_REQUEST
+
+    def __init__(self, channel: Channel, exchange: Exchange, write: Any) -> None:  # write: a method of `Channel`
+        self._channel, self._exchange, self._write = channel, exchange, write
+
+    def writable(self) -> bool: return True
+
+    def write(self, data: Any, /) -> int:
+        return self._write(self._exchange, data)  # type: ignore[no-any-return]
+
+    def flush(self) -> None:
+        if not self.held and not self._exchange.ended: self._channel.flush(self._exchange)
+
+
+def read(channel: Channel, exchange: Exchange, stream: Input, size: int) -> bytes:
+    "As `InputStream.read`. Nothing is allocated for bytes that have not arrived."
+    if size < 0:
+        while not stream.ended:
+            exchange.check()
+            if not channel.receive(channel.timeout): channel.give_up("nothing was sent")
+        return stream.take()
+    if size <= stream.size: return stream.take(size)
+    parts = []
+    while size and channel.fill(exchange, stream):
+        parts.append(stream.take(min(size, stream.size)))
+        size -= len(parts[-1])
+    return b"".join(parts)
