@@ -6,8 +6,9 @@
 import logging
 import os
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .client import FcgiClient
 from .core import (
     Request,
     Role,
@@ -24,15 +25,33 @@ from .core import (
 from .decorator import fastcgi
 from .errors import FcgiError, ProtocolError, RequestAborted
 from .handler import FcgiHandler
-from .http import HandlerException, MinimalHTTPHandler, ReuseThreadingServer
 from .prefork import PreForkMixIn, PreForkTCPServer, PreForkUnixServer
 from .sockets import listen
+
+if TYPE_CHECKING:
+    from .aio import AsyncFcgiHandler, AsyncFcgiServer
+    from .client import FcgiClient
+    from .http import HandlerException, MinimalHTTPHandler, ReuseThreadingServer
+    from .response import AsyncHttpResponseMixin, HttpResponseMixin
+    from .server import FcgiServer, FcgiThreadingServer
 
 __version__ = "0.1.0"
 __all__ = (
     "fastcgi", "FcgiHandler", "MinimalHTTPHandler", "HandlerException", "ReuseThreadingServer", "Request", "Role",
     "Status", "pack", "unpack_from", "unpack_sz", "pack_rec", "unpack_rec", "unpack_content", "pack_params",
-    "unpack_params", "PreForkMixIn", "PreForkUnixServer", "PreForkTCPServer", "FcgiClient", "listen", "FcgiError",
-    "ProtocolError", "RequestAborted", "os", "sys")
+    "unpack_params", "FcgiServer", "FcgiThreadingServer", "PreForkMixIn", "PreForkUnixServer", "PreForkTCPServer",
+    "AsyncFcgiHandler", "AsyncFcgiServer", "HttpResponseMixin", "AsyncHttpResponseMixin", "FcgiClient", "listen",
+    "FcgiError", "ProtocolError", "RequestAborted", "os", "sys")
+
+_LATER = {  # modules that not every program needs are imported when one of their names is first asked for
+    "AsyncFcgiHandler": "aio", "AsyncFcgiServer": "aio", "FcgiClient": "client", "HandlerException": "http",
+    "MinimalHTTPHandler": "http", "ReuseThreadingServer": "http", "HttpResponseMixin": "response",
+    "AsyncHttpResponseMixin": "response", "FcgiServer": "server", "FcgiThreadingServer": "server"}
 
 logging.getLogger("fastcgi").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return value

@@ -1,7 +1,7 @@
 """The command line: `fastcgi COMMAND ...`, one function in `COMMANDS` for each.
 
-As with fastcore's `call_parse`, a command's signature is its interface and its comments are its help: what stands
-before `*` is positional, what follows is an option, and what has a default may be left out. A command returns its
+As with fastcore's `call_parse`, a command's signature is its interface and its comments are its help: a parameter
+without a default is positional, one with a default is an option, unless it is in `POSITIONAL`. A command returns its
 exit status; a mistake of the user is an exception of one line, and status 2. Start reading at `main`.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from inspect import Parameter, getdoc, signature
+from inspect import getdoc, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -32,7 +32,10 @@ from .errors import FcgiError
 __all__ = ("main", "dev", "call")
 
 FLAGS = {"request": "-X", "data": "-d", "header": "-H", "param": "-p", "include": "-i", "verbose": "-v"}
+POSITIONAL = {"target"}
 GRACE = 5.0  # seconds that the running requests of an application have to end when it is started anew
+TICK = .3  # seconds between looks at what may have happened
+YOUNG = 1.0  # seconds of life below which it is the application's fault that it ended
 TAIL = 1 << 14  # bytes of what an application said last that are told to the browser
 NOT_OURS = {"__pycache__", "node_modules", "site-packages"}  # directories that are not watched
 
@@ -46,7 +49,6 @@ class Mistake(Exception):
 def call(
     address: str,  # where the application listens: a socket's path, host:port or :port
     target: str = "/",  # path and query
-    *,
     request: str = "",  # method; without it GET, or POST where there is data
     data: tuple[str, ...] = (),  # body; @FILE reads a file, @- standard input; several are joined with &
     header: tuple[str, ...] = (),  # 'Name: value', any number of times
@@ -61,6 +63,7 @@ def call(
     below 400, 1 for any other answer, and 2 where there is none.
     """
     from .client import FcgiClient
+    if timeout <= 0: raise Mistake("--timeout takes a number over 0")
     params = _params(target, request or ("POST" if data else "GET"), bool(data), header, param)
     client = FcgiClient(address, timeout, trace=_show_record if verbose else None)
     client.on_stderr = _say
@@ -79,7 +82,6 @@ def call(
 
 def dev(
     file: str,  # a script with @fastcgi, or with a FcgiHandler
-    *,
     port: int = 8000,  # of HTTP; 0 picks a free one
     host: str = "127.0.0.1",  # address for HTTP
     mount: str = "",  # where the application lives, such as /app
@@ -93,23 +95,24 @@ def dev(
     from .sockets import AddressError, listen
     if not Path(file).is_file(): raise Mistake(f"no such file: {file}")
     logging.basicConfig(format="%(name)s: %(message)s")
-    for signum in (signal.SIGTERM, signal.SIGHUP): signal.signal(signum, signal.default_int_handler)
+    for o in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(o) == signal.SIG_DFL: signal.signal(o, signal.default_int_handler)
     with suppress(KeyboardInterrupt), TemporaryDirectory(prefix="fastcgi-") as folder:
         path = Path(folder, "app.sock")
         try: sock = listen(path)
         except AddressError as e: raise Mistake(f"{e} (TMPDIR says where)") from e
         with sock, _serving(path, host, port, mount, Path(file).resolve().parent) as web, _App(Path(file), sock) as app:
             web.app = app
-            seen = _sources(Path(file)) if reload else {}
+            seen = _sources(Path(file))
             app.start()
             print(f"{file} is at {web.url}/  (Ctrl-C ends it)", flush=True)
-            for _ in _wakes(Path(file).parent) if reload else _never():
-                now = _sources(Path(file))
-                changed, seen = {k for k, _ in seen.items() ^ now.items()}, now
-                if changed:
-                    _say(f"{', '.join(sorted(map(os.path.relpath, changed)))} changed: started anew\n")
+            for _ in _wakes(Path(file).parent if reload else None):
+                before, seen = seen, _sources(Path(file)) if reload else seen
+                changed = sorted({os.path.relpath(path) for path, _ in before.items() ^ seen.items()})
+                if changed or app.again:
                     app.stop()
                     app.start()
+                    _say(f"fastcgi dev: started anew{': ' if changed else ''}{', '.join(changed)}\n")
     return 0
 
 
@@ -151,10 +154,9 @@ def _parse(name: str, args: list[str]) -> dict[str, Any]:
         elif o.annotation == tuple[str, ...]: kw |= {"action": "append", "default": []}
         else: kw["type"] = o.annotation
         if o.default not in ("", (), o.empty) and o.annotation is not bool: kw["help"] += " (default: %(default)s)"
-        if o.kind is Parameter.KEYWORD_ONLY:
-            flag = f"--no-{k}" if o.default is True else f"--{k}"
-            parser.add_argument(*[FLAGS[k]] if k in FLAGS else [], flag, **kw)
-        else: parser.add_argument(k, nargs="?" if "default" in kw else None, **kw)
+        if "default" not in kw: parser.add_argument(k, **kw)
+        elif k in POSITIONAL: parser.add_argument(k, nargs="?", **kw)
+        else: parser.add_argument(*[FLAGS[k]] if k in FLAGS else [], f"--{'no-' * (o.default is True)}{k}", **kw)
     return vars(parser.parse_args(args))
 
 
@@ -188,6 +190,7 @@ def _params(target: str, method: str, body: bool, header: tuple[str, ...], param
     from .http import HandlerException
     headers = [_split(o, ":", "a header, as in 'Name: value'") for o in header]
     given = {k.lower() for k, _ in headers}
+    if target[:1] not in ("/", "*"): target = f"/{target}"
     if "host" not in given: headers.append(("Host", "localhost"))
     if body and "content-type" not in given: headers.append(("Content-Type", "application/x-www-form-urlencoded"))
     try: params = cgi_params(method, _latin(target), [(k, _latin(v)) for k, v in headers])
@@ -211,7 +214,7 @@ def _body(data: tuple[str, ...], params: dict[str, str]) -> Iterator[Any]:
     else:
         with _open(data[0][1:]) as f:
             size = os.fstat(f.fileno()).st_size
-            if size: params.setdefault("CONTENT_LENGTH", str(size))
+            if size and not params["CONTENT_LENGTH"]: params["CONTENT_LENGTH"] = str(size)
             yield f
 
 
@@ -234,7 +237,7 @@ def _show_record(sent: bool, typ: int, request_id: int, content: bytes) -> None:
         elif typ == Request.END_REQUEST: lines[0] += ": app_status={} {!r}".format(*unpack_content(typ, content))
         elif typ in (Request.PARAMS, Request.GET_VALUES, Request.GET_VALUES_RESULT):
             lines += [f"    {k}={v}" for k, v in unpack_params(content).items()]
-    for line in lines: _say(line.encode("unicode_escape").decode() + "\n")
+    for line in lines: _say("".join(o if o.isprintable() else ascii(o)[1:-1] for o in line) + "\n")
 
 
 # dev
@@ -242,20 +245,20 @@ def _show_record(sent: bool, typ: int, request_id: int, content: bytes) -> None:
 class _App:
     """The application's process, and what has become of it.
 
-    `trouble` says why it does not run, with the last that it said. While it does not, connections that wait for it
-    are closed; while it is being started they wait.
+    If it ends it is to be started `again`, as web servers do, while new connections wait. But if it ended as soon as it
+    was started, `trouble` says so, with the last that it wrote to standard error, and connections are closed.
     """
 
     def __init__(self, file: Path, sock: socket.socket) -> None:
         self.file, self.sock = file, sock
-        self.trouble = ""
+        self.trouble, self.again = "", False
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> _App: return self
     def __exit__(self, *exc: object) -> None: self.stop()
 
     def start(self) -> None:
-        self.trouble = ""
+        self.trouble, self.again, self.started = "", False, time.monotonic()
         self.process = subprocess.Popen([sys.executable, "-c", "from fastcgi.cli import run; run()", str(self.file)],
                                         stdin=self.sock.fileno(), stderr=subprocess.PIPE, start_new_session=True)
         self._watcher = threading.Thread(target=self._watch, args=(self.process,))
@@ -278,9 +281,11 @@ class _App:
         if self.process is not process: return
         with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)  # its workers
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
-        line = f"{self.file} has ended with {how}; it is started anew when it changes"
+        self.again = time.monotonic() - self.started > YOUNG
+        line = f"{self.file} has ended with {how}; it is started anew{'' if self.again else ' when it changes'}"
+        if not self.again: self.trouble = f"{line}\n\n{said.decode('utf-8', 'backslashreplace')}"
         _say(f"fastcgi dev: {line}\n")
-        self.trouble = f"{line}\n\n{said.decode('utf-8', 'backslashreplace')}"
+        if self.again: return
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         while self.process is process:
@@ -301,8 +306,9 @@ class _App:
         return said
 
 
-def _serving(path: Path, host: str, port: int, mount: str, root: Path) -> Any:
-    "The front end, already at work: a context manager."
+@contextmanager
+def _serving(path: Path, host: str, port: int, mount: str, root: Path) -> Iterator[Any]:
+    "The front end at work."
     from .frontend import FrontEnd, FrontEndHandler
 
     class DevFrontEnd(FrontEnd):
@@ -312,48 +318,42 @@ def _serving(path: Path, host: str, port: int, mount: str, root: Path) -> Any:
         def on_stderr(self, data: bytes) -> None: _say(data)
 
         def log_request(self, handler: FrontEndHandler, seconds: float) -> None:
-            _say(f"{handler.command} {handler.path} {handler.status} {handler.size} B {seconds * 1000:.0f} ms\n")
-
-        def server_close(self) -> None:
-            self.shutdown()
-            super().server_close()
+            what = f"{handler.command} {handler.path}".encode("latin-1").decode("ascii", "backslashreplace")
+            _say(f"{what} {handler.status} {handler.size} B {seconds * 1000:.0f} ms\n")
 
     try: web = DevFrontEnd(path, (host, port), mount=mount, root=str(root))
     except (OSError, OverflowError) as e:
         taken = isinstance(e, OSError) and e.errno == errno.EADDRINUSE
         why = "it is in use; choose another --port" if taken else getattr(e, "strerror", e)
         raise Mistake(f"cannot listen at {host}:{port}: {why}") from e
-    threading.Thread(target=web.serve_forever, args=(.05,), daemon=True).start()
-    return web
+    with web:
+        threading.Thread(target=web.serve_forever, args=(.05,), daemon=True).start()
+        try: yield web
+        finally: web.shutdown()
 
 
-def _sources(file: Path) -> dict[str, tuple[int, int]]:
-    "Paths of `file` and of the Python files beside and below it, with their times and sizes."
-    found = {}
+def _sources(file: Path) -> dict[str, tuple[int, ...]]:
+    "Paths of `file` and of the Python files beside and below it, with what tells one version from another."
+    found: dict[str, tuple[int, ...]] = {}
     for folder, folders, names in os.walk(file.parent):
         folders[:] = [o for o in folders if o[0] != "." and o not in NOT_OURS
                       and not os.path.exists(os.path.join(folder, o, "pyvenv.cfg"))]
         for path in (os.path.join(folder, o) for o in names if o.endswith(".py") or o == file.name):
             with suppress(OSError):
                 st = os.stat(path)
-                found[path] = st.st_mtime_ns, st.st_size
+                found[path] = st.st_mtime_ns, st.st_size, st.st_ino
     return found
 
 
-def _wakes(folder: Path) -> Iterator[object]:
-    "Something below `folder` may have changed."
-    try:
+def _wakes(folder: Path | None) -> Iterator[object]:
+    "It is time to look: something below `folder` may have changed, or a moment has passed."
+    with suppress(ImportError, OSError, RuntimeError):  # it is not installed, or the system's limit is reached
         from watchfiles import watch
-    except ImportError:
-        while True:
-            time.sleep(.3)
-            yield None
-    yield from watch(folder, watch_filter=None, debounce=100, step=20, rust_timeout=1000, yield_on_timeout=True)
-
-
-def _never() -> Iterator[object]:
-    threading.Event().wait()
-    yield None
+        if folder: yield from watch(folder, watch_filter=None, debounce=100, step=20, rust_timeout=int(TICK * 1000),
+                                    yield_on_timeout=True)
+    while True:
+        time.sleep(TICK)
+        yield None
 
 
 def run() -> None:
@@ -361,11 +361,12 @@ def run() -> None:
 
     Whatever server it makes for an FcgiHandler listens there instead of at its own address.
     """
+    from ctypes import CDLL
     from socketserver import TCPServer, ThreadingMixIn, UnixStreamServer
 
     from .handler import FcgiHandler
     from .prefork import PreForkMixIn
-    from .sockets import listen
+    from .sockets import is_listening, listen
     file = sys.argv[1]
     sys.argv[:] = [file]
     sys.path[0] = str(Path(file).resolve().parent)
@@ -373,6 +374,7 @@ def run() -> None:
     logging.getLogger("fastcgi.server").setLevel(logging.WARNING)
     # STDERR has the traceback, and the front end shows it
     logging.getLogger("fastcgi.handler").addFilter(lambda o: not str(o.msg).startswith("handler raised"))
+    with suppress(Exception): CDLL(None).prctl(1, signal.SIGTERM)  # Linux: PR_SET_PDEATHSIG, should `dev` be killed
     served: list[Any] = []
     bind, prefork_bind = TCPServer.server_bind, PreForkMixIn.server_bind
 
@@ -403,7 +405,7 @@ def run() -> None:
         sys.exit(1)
     handlers = [o for o in vars(main).values() if isinstance(o, type) and issubclass(o, FcgiHandler)
                 and o.__module__ == "__main__"]
-    if served: return
+    if served or not is_listening(0): return  # it has served, and is done
     if not handlers: sys.exit(f"{file} serves nothing: it has no @fastcgi and no class that inherits from FcgiHandler")
     logging.basicConfig(format="%(name)s: %(message)s")
     with Server("fd:0", handlers[-1]) as server: server.serve_forever()

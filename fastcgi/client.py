@@ -40,7 +40,7 @@ CHUNK = PIECE - 8  # bytes of a file that become one record
 _IOV = 64  # buffers given to one sendmsg
 _GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 _BLANK = re.compile(rb"\A\r?\n|\n\r?\n")  # ends a header block
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r?")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?")
 _STATUS = re.compile(r"([1-9][0-9]{2})(?: +(.*))?", re.ASCII)
 
 Params = Mapping[str, str] | Mapping[bytes, bytes]
@@ -77,7 +77,7 @@ def parse_head(
         if line in (b"", b"\r"): break
         m = _FIELD.fullmatch(line)
         if not m: raise RemoteProtocolError(f"malformed header line {line[:60]!r}", STDOUT)
-        headers.append((_text(m[1]), _text(m[2])))
+        headers.append((_text(m[1]), _text(m[2].strip(b" \t"))))
     said = headers.get_all("Status")
     if not said: return Head(*_status(302 if headers.get("Location") else 200), headers)
     m2 = _STATUS.fullmatch(said[0])
@@ -544,6 +544,7 @@ class FcgiClient:
         self.address = parse_address(address)
         if self.address.kind not in ("unix", "tcp"):
             raise AddressError(f"cannot connect to {self.address}: give a socket's path or host:port")
+        if timeout is not None and timeout <= 0: raise ValueError(f"a timeout is over 0, or None: {timeout}")
         self.timeout, self.limits, self.trace = timeout, limits, trace
         self._idle: list[_Link] = []
 

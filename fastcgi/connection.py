@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from struct import Struct
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ __all__ = ("Connection", "Exchange", "Input", "Limits", "Framing", "Event", "Beg
 
 # Plain ints: an IntEnum member costs several times as much to compare.
 BEGIN_REQUEST, ABORT_REQUEST, END_REQUEST, PARAMS, STDIN, STDOUT, STDERR, DATA, GET_VALUES = map(int, list(Request)[:9])
-_BEGIN_PARAMS = Struct("!BBHHBxHB5xBBHHBx")  # BEGIN_REQUEST and the header of PARAMS
-_ENDS = Struct("!BBHHBxBBHHBx")  # the empty PARAMS and STDIN records
+_BEGIN_OF_1 = b"\1\1\0\1\0\x08\0"  # BEGIN_REQUEST of id 1, of 8 bytes, without padding
+_PARAMS_OF_1 = b"\1\4\0\1"
+_ENDS_OF_1 = _PARAMS_OF_1 + b"\0\0\0\0\1\5\0\1\0\0\0\0"  # the empty PARAMS and STDIN records
 _END = Struct("!BBHHBxBBHHBxLB3x")  # the empty STDOUT record, then END_REQUEST
 _HEAD_END = re.compile(rb"\A\r?\n|\n\r?\n")  # a CGI header block ends with its blank line (RFC 3875 6.2)
 SKIP, STREAM, COLLECT = 0, 1, 2  # what becomes of a record's content
@@ -44,10 +46,9 @@ class Limits:
     roles: Collection[int] = frozenset(Role)  # served ones; others are refused with UNKNOWN_ROLE
 
 
-def _ends(request_id: int) -> bytes: return _ENDS.pack(1, PARAMS, request_id, 0, 0, 1, STDIN, request_id, 0, 0)
-
-
-_ENDS_OF_1 = _ends(1)
+@lru_cache(256)
+def _end(request_id: int, app_status: int, status: int) -> bytes:
+    return _END.pack(1, STDOUT, request_id, 0, 0, 1, END_REQUEST, request_id, 8, 0, app_status, status)
 
 
 class Input:
@@ -281,7 +282,7 @@ class Exchange:
         """
         if self.ended: return
         self.ended = True
-        self.connection._release(self)
+        if self._held: self.connection._release(self)
         self._status = app_status & 0xFFFFFFFF, protocol_status
         if self.stdin.size: self.stdin.clear()
         if self.data.size: self.data.clear()
@@ -295,11 +296,10 @@ class Exchange:
         if connection.broken: return
         if self._stderr or self._err_used:
             self._flush_err()
-            connection._out.append(HEADER.pack(1, STDERR, request_id, 0, 0))
-        app_status, status = self._status
-        end = _END.pack(1, STDOUT, request_id, 0, 0, 1, END_REQUEST, request_id, 8, 0, app_status, status)
+            connection.output.append(HEADER.pack(1, STDERR, request_id, 0, 0))
+        end = _end(request_id, *self._status)
         if out: end = b"".join((HEADER.pack(1, STDOUT, request_id, len(out), 0), out, end))
-        connection._out.append(end)
+        connection.output.append(end)
 
     def _silence(self) -> None:
         "Nobody is there to read an answer any more."
@@ -324,7 +324,7 @@ class Exchange:
             self._stderr, self._err_used = bytearray(), True
 
     def _records(self, typ: int, data: Bytes) -> None:
-        out, view = self.connection._out, memoryview(data)
+        out, view = self.connection.output, memoryview(data)
         for i in range(0, len(view), MAX_CONTENT):
             chunk = view[i:i + MAX_CONTENT]
             out += HEADER.pack(1, typ, self.id, len(chunk), 0), chunk
@@ -375,9 +375,10 @@ class Connection(Framing):
     `exchanges`: the requests that are not answered yet, by id. `closing`: no further request will be taken, and once
     those are answered the connection is to be closed. `eof`: no input will come. `broken`: nothing can be sent.
     `early`: a request was answered whose input may still come; to close the socket with that unread would reset it.
+    `output`: what `data_to_send` will give.
     """
     __slots__ = ("limits", "values", "exchanges", "closing", "eof", "early", "broken", "error",
-                 "_out", "_held", "_events")
+                 "output", "_held", "_events")
 
     def __init__(
         self,
@@ -389,7 +390,7 @@ class Connection(Framing):
         self.exchanges: dict[int, Exchange] = {}
         self.closing = self.eof = self.early = self.broken = False
         self.error: RemoteProtocolError | None = None  # what ended the connection
-        self._out: list[Bytes] = []
+        self.output: list[Bytes] = []
         self._held = 0  # bytes held for exchanges that were not started
         self._events: list[Event] = []
 
@@ -428,22 +429,17 @@ class Connection(Framing):
         events = self.receive_eof()
         self.broken = True
         for exchange in self.exchanges.values(): exchange._silence()
-        self._out.clear()
+        self.output.clear()
         return events
 
     def start(self, exchange: Exchange) -> None:
         "From now on whoever handles `exchange` controls the flow of its input, which is no longer counted as held."
         exchange.started = True
-        self._release(exchange)
+        if exchange._held: self._release(exchange)
 
     def _release(self, exchange: Exchange) -> None:
         self._held -= exchange._held
         exchange._held = 0
-
-    @property
-    def pending(self) -> int:
-        "How many buffers there are to send."
-        return len(self._out)
 
     @property
     def held(self) -> int:
@@ -452,29 +448,27 @@ class Connection(Framing):
 
     def data_to_send(self) -> list[Bytes]:
         "Buffers to send now, in order; they are forgotten here."
-        out = self._out
-        if out: self._out = []
+        out = self.output
+        if out: self.output = []
         return out
 
     # Records
 
     def _small_request(self, data: bytes) -> bool:
-        """Take the usual small request, which arrives in one piece: BEGIN_REQUEST, PARAMS, both streams ended.
+        """Take the usual small request, which arrives in one piece: BEGIN_REQUEST, PARAMS, both streams ended, of id 1.
 
         The same steps as record by record, without a look at each. False if `data` is anything else.
         """
-        if len(data) < 40 or self.exchanges or self._cut or self._left or self._pad or self.closing: return False
-        (version, begin, request_id, body, no_pad, role, flags,
-         version_2, params, request_id_2, length, padding) = _BEGIN_PARAMS.unpack_from(data)
+        if not data.startswith(_BEGIN_OF_1) or data[16:20] != _PARAMS_OF_1 or len(data) < 40: return False
+        if self.exchanges or self._cut or self._left or self._pad or self.closing: return False
+        length = data[20] << 8 | data[21]
         end = 24 + length
-        if (begin != BEGIN_REQUEST or body != 8 or no_pad or params != PARAMS or not version == version_2 == 1
-                or not 0 < request_id == request_id_2 or not 0 < length <= self.limits.max_params
-                or data[end + padding:] != (_ENDS_OF_1 if request_id == 1 else _ends(request_id))): return False
-        self._begin(request_id, role, flags)
-        if exchange := self.exchanges.get(request_id):
+        if not 0 < length <= self.limits.max_params or data[end + data[22]:] != _ENDS_OF_1: return False
+        self._begin(1, data[8] << 8 | data[9], data[10])
+        if exchange := self.exchanges.get(1):
             exchange._params = data[24:end]
             self._params_end(exchange)
-            if not exchange.stdin.ended and request_id in self.exchanges: self._input_end(exchange, STDIN)
+            if not exchange.stdin.ended and 1 in self.exchanges: self._input_end(exchange, STDIN)
         return True
 
     def _header(self, typ: int, request_id: int, length: int) -> int:
@@ -531,7 +525,7 @@ class Connection(Framing):
         if typ == GET_VALUES:
             asked = dict(core.unpack_pairs(body))
             known = [(k.encode(), v.encode()) for k, v in self.values().items() if k.encode() in asked]
-            self._out.append(core.pack_rec(Request.GET_VALUES_RESULT, core.pack_pairs(known), 0))
+            self.output.append(core.pack_rec(Request.GET_VALUES_RESULT, core.pack_pairs(known), 0))
             return
         self._begin(request_id, *BEGIN_BODY.unpack(body))
 
@@ -548,7 +542,7 @@ class Connection(Framing):
     def _management(self, typ: int, length: int) -> int:
         "A record of id 0 (spec 4). All that is not GET_VALUES is unknown to us, and we say so."
         if typ == GET_VALUES: return COLLECT
-        self._out.append(core.pack_rec(Request.UNKNOWN_TYPE, bytes((typ, 0, 0, 0, 0, 0, 0, 0)), 0))
+        self.output.append(core.pack_rec(Request.UNKNOWN_TYPE, bytes((typ, 0, 0, 0, 0, 0, 0, 0)), 0))
         return SKIP
 
     # One request

@@ -185,27 +185,31 @@ def unpack_params(
     A repeated HTTP_COOKIE is joined with `; ` (RFC 6265 5.4), another repeated HTTP_ name with `, `
     (RFC 9110 5.2); of any other name the last counts.
     """
+    data = bytes(data)
     end, at, n = len(data), 0, 0
     if end > 2 * max_pairs and (seen := len(unpack_pairs(data))) > max_pairs:  # a pair takes 2 bytes at least
         raise LimitExceeded("max_pairs", max_pairs, seen)
-    data = bytes(data) + b"\x80"  # the sentinel sends a last odd byte to `_unpack_len`, which finds it cut
+    ascii = data.isascii()
+    data += b"\x80"  # a sentinel: with a last odd byte it makes a pair that passes the end
     text = data.decode("latin-1")  # one character a byte: decode once, slice often
     params: dict[str, str] = {}
+    while at < end and ascii:  # so no length takes 4 bytes: the usual request, and the hot loop of this library
+        name = at + 2
+        value = name + data[at]
+        at = value + data[at + 1]
+        params[text[name:value]] = text[value:at]
+        n += 1
     while at < end:
-        nlen = data[at]
-        vlen = data[at + 1]
-        if nlen < 0x80 > vlen: name = at + 2
-        else:
-            name, nlen = _unpack_len(data, at)
-            name, vlen = _unpack_len(data, name)
+        name, nlen = _unpack_len(data, at)
+        name, vlen = _unpack_len(data, name)
         value = name + nlen
         at = value + vlen
         params[text[name:value]] = text[value:at]
         n += 1
-    if at > end: raise RemoteProtocolError(f"last name-value pair has {nlen}+{vlen} bytes, {end - name} arrived")
+    if at > end: raise RemoteProtocolError(f"last name-value pair passes the end by {at - end} bytes")
     data = data[:-1]
     if len(params) != n: params = _join_repeated(unpack_pairs(data))
-    if data.isascii(): return params
+    if ascii: return params
     return {(k if k.isascii() else _utf8(k)): (v if v.isascii() else _utf8(v)) for k, v in params.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import select
 from collections.abc import Mapping
+from functools import partial
 from socketserver import BaseRequestHandler, ForkingMixIn, ThreadingMixIn
 from time import monotonic
 from typing import Any
@@ -52,7 +53,8 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
 
     def read(self, sz: int = -1) -> bytes:
         "`sz` bytes of STDIN, fewer only at its end; all if negative. b'' at the end. May raise `RequestAborted`."
-        return read(self._channel, self._exchange, self._exchange.stdin, sz)
+        stream = self._exchange.stdin
+        return stream.take() if stream.ended and sz < 0 else read(self._channel, self._exchange, stream, sz)
 
     def readinto(self, buf: bytearray | memoryview) -> int:
         "Fill `buf` from STDIN; how many bytes were read, fewer than it holds only at the end."
@@ -160,19 +162,19 @@ class _Session(Channel):
         self.cls = cls = type(handler)
         self.fixed = vars(handler).copy()  # what a subclass's __init__ set before
         self.server = server
-        super().__init__(request, Connection(cls, self.values), cls.timeout, client_address)
+        super().__init__(request, Connection(cls, partial(_values, server)), cls.timeout, client_address)
 
     def run(self, handler: FcgiHandler | None = None) -> None:
         "Serve what is there; return when the connection is done with, or parked."
         connection = self.connection
         while not self.lingering:
-            exchange = self.next_exchange()
-            if exchange is not None:
+            if self.waiting and (exchange := self.next_exchange()):
                 self.answer(handler or self.fresh(), exchange)
                 handler = None
             elif connection.eof or connection.closing and not connection.exchanges: self.lingering = True
             elif not self.receive() and not self.wait(): return
-        while not self.linger() and self.wait(): pass
+        if connection.early:
+            while not self.linger() and self.wait(): pass
 
     def fresh(self) -> FcgiHandler:
         handler = object.__new__(self.cls)
@@ -206,8 +208,9 @@ class _Session(Channel):
         self.connection.receive_eof()
         return False
 
-    def values(self) -> Mapping[str, str]:
-        "What GET_VALUES is told (spec 4.1): on a connection, requests are served one after another."
-        conns = 1000 if isinstance(self.server, ThreadingMixIn) else getattr(self.server, "max_children", 1)
-        conns = str(getattr(self.server, "max_conns", conns))
-        return {"FCGI_MAX_CONNS": conns, "FCGI_MAX_REQS": conns, "FCGI_MPXS_CONNS": "0"}
+
+def _values(server: Any) -> Mapping[str, str]:
+    "What GET_VALUES is told (spec 4.1): on a connection, requests are served one after another."
+    conns = 1000 if isinstance(server, ThreadingMixIn) else getattr(server, "max_children", 1)
+    conns = str(getattr(server, "max_conns", conns))
+    return {"FCGI_MAX_CONNS": conns, "FCGI_MAX_REQS": conns, "FCGI_MPXS_CONNS": "0"}

@@ -72,11 +72,11 @@ class MinimalHTTPHandler(StreamRequestHandler):
         self.request, self.client_address, self.server = request, client_address, server
         self.command = self.path = self.request_version = ""
         self.raw_requestline, self.headers = b"", self.MessageClass()
-        self._status, self._head, self._continue = b"", list[bytes](), False
-        self._body: _Body | None = None  # until there is a request to handle
+        self._status_line, self._head_lines, self._owes_continue = b"", list[bytes](), False
+        self._incoming: _Body | None = None  # until there is a request to handle
         self.setup()
         try:
-            if self._body: self.handle()
+            if self._incoming: self.handle()
         except HandlerException as e: self._refuse(e.code, e)
         except Exception as e:
             if not (self._wire.lost and isinstance(e, OSError)): self._refuse(500, "exception in handle"); raise
@@ -99,30 +99,31 @@ class MinimalHTTPHandler(StreamRequestHandler):
         self._refuse(e.code if isinstance(e, HandlerException) else 400, e)
 
     def _read_head(self) -> None:
-        line = self._line(self.max_line, 414) or self._line(self.max_line, 414)  # RFC 9112 2.2: one empty line may lead
+        line = self._read_line(self.max_line, 414)
+        if not line: line = self._read_line(self.max_line, 414)  # RFC 9112 2.2: one empty line may lead
         self.raw_requestline = line + b"\r\n"
         m = REQUEST.fullmatch(line)
         if not m: raise HandlerException(400, "bad request line")
         self.command, self.path, self.request_version = (o.decode("latin-1") for o in m.groups())
         if self.request_version[0] != "1": raise HandlerException(505, "not HTTP/1")
-        for k, v in self._fields(): self.headers[k] = v
+        for k, v in self._read_fields(): self.headers[k] = v
         modern = self.request_version != "1.0"
         if len(self._all("Host")) not in ((1,) if modern else (0, 1)): raise HandlerException(400, "not one Host")
-        self._continue = modern and "100-continue" in ",".join(self._all("Expect")).lower()
-        self._body = _Body(self, self._length())
-        self.rfile = io.BufferedReader(self._body)
+        self._owes_continue = modern and "100-continue" in ",".join(self._all("Expect")).lower()
+        self._incoming = _Body(self, self._body_length())
+        self.rfile = io.BufferedReader(self._incoming)
 
-    def _line(self, limit: int, code: int) -> bytes:
+    def _read_line(self, limit: int, code: int) -> bytes:
         line = self._input.readline(limit + 1)
         if len(line) > limit: raise HandlerException(code, "line too long")
         if not line.endswith(b"\r\n"): raise HandlerException(400, "a line does not end in CRLF")
         return line[:-2]
 
-    def _fields(self) -> Iterator[tuple[str, str]]:
+    def _read_fields(self) -> Iterator[tuple[str, str]]:
         "Header lines up to the empty one. No folding, no space before the colon (RFC 9112 5.1, 5.2)."
         left = self.max_header_bytes
         for _ in range(self.max_headers + 1):
-            line = self._line(left, 431)
+            line = self._read_line(left, 431)
             if not line: return
             left -= len(line) + 2
             name, _, value = line.partition(b":")
@@ -133,7 +134,7 @@ class MinimalHTTPHandler(StreamRequestHandler):
 
     def _all(self, name: str) -> list[str]: return self.headers.get_all(name, [])
 
-    def _length(self) -> int | None:
+    def _body_length(self) -> int | None:
         "Bytes of body, None where it is chunked. What could be read in two ways is refused (RFC 9112 6.3)."
         lengths, codings = {*self._all("Content-Length")}, self._all("Transfer-Encoding")
         if codings:
@@ -151,31 +152,31 @@ class MinimalHTTPHandler(StreamRequestHandler):
         "Starts the answer. `message` is a reason phrase other than the usual one. ValueError as for `send_header`."
         if not 100 <= code <= 999: raise ValueError(f"not a status code: {code}")
         line = f"{self.protocol_version} {int(code)} {message or responses.get(code, '')}"
-        self._status = _clean(line) + b"\r\nConnection: close\r\n"
+        self._status_line = _clean(line) + b"\r\nConnection: close\r\n"
 
     def send_header(self, keyword: str, value: object) -> None:
         "Adds a header line, before or after `send_response`. ValueError for control characters or beyond latin-1."
         if not TOKEN.fullmatch(_clean(keyword)): raise ValueError(f"not a header name: {keyword!r}")
-        self._head.append(_clean(f"{keyword}: {value}") + b"\r\n")
+        self._head_lines.append(_clean(f"{keyword}: {value}") + b"\r\n")
 
     def end_headers(self) -> None:
         "Sends the head, with status 200 if none was given."
-        if not self._status: self.send_response(200)
-        head = b"".join([self._status, *self._head, b"\r\n"])
-        self._status, self._head = b"", []
+        if not self._status_line: self.send_response(200)
+        head = b"".join([self._status_line, *self._head_lines, b"\r\n"])
+        self._status_line, self._head_lines = b"", []
         self.wfile.write(head)
 
     def _refuse(self, code: int, why: object) -> None:
         log.warning("request refused: status=%d reason=%r client=%s", code, str(why), self.client_address)
         if self._wire.sent: return
-        self._head = [b"Content-Length: 0\r\n"]  # to an empty page browsers put an explanation of their own
+        self._head_lines = [b"Content-Length: 0\r\n"]  # to an empty page browsers put an explanation of their own
         self.send_response(code)
         try: self.end_headers()
         except OSError as e: log.debug("answer not taken: error=%s client=%s", e, self.client_address)
 
     def finish(self) -> None:
         "Ends the answer, then takes what the client still sends: to close over that would reset the answer away."
-        whole = self._body and not (self._body.left or self._body.chunked)
+        whole = self._incoming and not (self._incoming.left or self._incoming.chunked)
         left, end = self.drain_bytes, time.monotonic() + (0 if whole else self.drain_seconds)
         try:
             if not self.wfile.closed: self.wfile.flush()
@@ -230,9 +231,9 @@ class _Body(io.RawIOBase):
 
     def readinto(self, b: Any) -> int:
         h = self.handler
-        if h._continue and (self.left or self.chunked) and not h._wire.sent:
+        if h._owes_continue and (self.left or self.chunked) and not h._wire.sent:
             h._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            h._continue = h._wire.sent = False  # what was sent is no answer
+            h._owes_continue = h._wire.sent = False  # what was sent is no answer
         if self.chunked and not self.left: self._next_chunk()
         if not self.left: return 0
         data = h._input.read1(min(len(b), self.left))
@@ -243,14 +244,14 @@ class _Body(io.RawIOBase):
 
     def _next_chunk(self) -> None:
         h = self.handler
-        if self.total >= 0 and h._line(2, 400): raise HandlerException(400, "a chunk is longer than it says")
-        m = CHUNK.fullmatch(h._line(h.max_chunk_line, 400))
+        if self.total >= 0 and h._read_line(2, 400): raise HandlerException(400, "a chunk is longer than it says")
+        m = CHUNK.fullmatch(h._read_line(h.max_chunk_line, 400))
         if not m: raise HandlerException(400, "bad chunk size")
         self.left = int(m[1], 16)
         self.total = max(self.total, 0) + self.left
         if h.max_body is not None and self.total > h.max_body: raise HandlerException(413, "body over max_body")
         if not self.left:
-            for _ in h._fields(): pass  # the trailers are checked and dropped
+            for _ in h._read_fields(): pass  # the trailers are checked and dropped
             self.chunked = False
 
 

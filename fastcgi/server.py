@@ -14,9 +14,10 @@ __all__ = ("FcgiServer", "FcgiThreadingServer")
 
 
 class FcgiServer(PreForkMixIn, TCPServer):
-    """Serve a handler class at a listening socket, on one thread: `with FcgiServer(Handler) as srv: srv.serve_forever()`
+    """Serve a handler class at a listening socket: `with FcgiServer(Handler) as srv: srv.serve_forever()`.
 
-    Connections that are idle or slow are parked meanwhile. Whether an inherited socket blocks is left as it was found.
+    On one thread: connections that are idle or slow are parked meanwhile. Whether an inherited socket blocks is left
+    as it was found.
     """
     workers = 0
 

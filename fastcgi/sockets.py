@@ -3,9 +3,9 @@
 `listen` takes any address that the library takes and gives a listening socket; `parse_address` is its reading
 half. Every mistake a user can make is an `AddressError` with one line that says what to do.
 
-A Unix socket is made in a private directory beside its path: bound, given mode, owner and queue, and only then linked
-to the path. So whoever sees it sees it finished, no umask is touched, and no name that somebody
-else could swap is ever changed. The directory is also the lock among servers that start at the same moment.
+A Unix socket is bound at its own path, so that monitoring finds it there by name. Its file is made for its owner alone
+and let wider only when it listens, through a descriptor, as a name could be swapped meanwhile. Servers that start
+on one path at the same moment take turns by a lock file, which is gone again when they listen.
 Nothing here knows FastCGI. Start reading at `listen`.
 """
 from __future__ import annotations
@@ -34,6 +34,7 @@ BACKLOG = 1024  # connections; the kernel's own limit (Linux: net.core.somaxconn
 MAX_PATH = 103 if sys.platform == "darwin" or "bsd" in sys.platform else 107  # bytes of sun_path, less its NUL
 LOCK_WAIT = 5.0  # seconds to wait for another server that is starting on the same path
 PROBE_WAIT = 1.0  # seconds for the connect that asks whether a socket file is alive
+PINS = "/proc/self/fd" if sys.platform == "linux" else ""  # where an open file can be changed without its name
 LISTEN_FDS_START = 3  # sd_listen_fds(3)
 FAMILIES = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}
 LOOPBACK = "127.0.0.1"
@@ -77,14 +78,9 @@ AddressLike = Address | str | os.PathLike[str] | tuple[str, int] | int | socket.
 
 class UnixListener(socket.socket):
     "A listening Unix socket that knows its file; made by `listen`."
-    path: str = ""  # as given
-    file: str = ""  # the same, absolute
+    file: str = ""  # its path, absolute
     identity: tuple[int, ...] = ()  # of the file
     pid: int = -1  # the process that bound it
-
-    def getsockname(self) -> Any:
-        "The path clients use. (The kernel has the private name that it was bound to.)"
-        return self.path or super().getsockname()
 
 
 # Addresses
@@ -157,7 +153,7 @@ def listen(
 ) -> socket.socket:
     """A listening stream socket for `address`, made or, where it is inherited, adopted.
 
-    - A Unix socket has its mode and owner from the first moment. A dead socket at its path is replaced, a live one or
+    - A Unix socket is at no moment open to more than `mode` says. A dead socket at its path is replaced, a live one or
       anything that is no socket never. Its path has at most 107 bytes. `remove` takes the file away again.
     - TCP binds the first address of the host, IPv4 before IPv6. An empty host is 127.0.0.1.
     - `fd:N` and `systemd` are adopted: closing the object closes the descriptor. Whether it blocks, which is shared
@@ -223,22 +219,15 @@ def _listen_unix(
     gid = _id("group", group, lambda o: grp.getgrnam(o).gr_gid)
     folder, name = os.path.split(path)
     if name in ("", ".", ".."): raise AddressError(f"not a socket at that path: {path} is a directory; choose another")
-    with _folder(folder or ".") as parent, _private(folder, f".{name}.new", parent) as private:
+    bits = mode if mode is not None else 0o600 if gid == -1 else 0o660
+    with _folder(folder or ".") as parent, _locked(folder, f".{name}.lock", parent):
         _make_way(path, name, parent)
         sock = UnixListener(socket.AF_UNIX)
         try:
-            # Up to the link only we can reach the socket. All goes by descriptor, save bind, which knows but paths:
-            # were that path swapped under us, chmod would miss the socket and nothing would be published.
-            inner = os.path.join(folder, f".{name}.new", name)
-            if len(os.fsencode(inner)) > MAX_PATH: inner = f"/proc/self/fd/{private}/{name}"
-            sock.bind(inner)
-            os.chmod(name, mode if mode is not None else 0o600 if gid == -1 else 0o660, dir_fd=private)
-            _chown(path, name, uid, gid, private)
+            _bind(sock, path, bits & 0o700)
             sock.listen(backlog)
-            _publish(path, name, private, parent)
-            sock.path, sock.file, sock.pid = path, os.path.abspath(path), os.getpid()
-            sock.identity = _identity(os.stat(name, dir_fd=parent, follow_symlinks=False))
-        except BaseException: sock.close(); raise
+            _let_in(sock, path, name, parent, uid, gid, bits)
+        except BaseException: remove(sock); sock.close(); raise
     if mode is None and uid == gid == -1:
         log.info("socket is for this user alone: path=%s mode=0600; to let the web server in, give its group, as in "
                  "group='www-data'", path)
@@ -265,61 +254,48 @@ def _folder(folder: str) -> Iterator[int]:
 
 
 @contextmanager
-def _private(folder: str, name: str, parent: int) -> Iterator[int]:
-    """A directory that only we can enter, locked while it is ours and gone afterwards.
+def _locked(folder: str, name: str, parent: int) -> Iterator[None]:
+    """Hold a lock file, which is gone afterwards. One that a killed server left is used again: its lock died with it.
 
-    One that a killed server left behind is used again, as its lock died with it.
+    It is not the directory that is locked, as whoever may read that could then keep us from starting.
     """
     path, deadline = os.path.join(folder, name), time.monotonic() + LOCK_WAIT
-    while (fd := _enter(path, name, parent)) is None:
+    while (fd := _lock(path, name, parent)) is None:
         if time.monotonic() > deadline: raise AddressError(f"another server is starting: {path} is locked; try again")
         time.sleep(0.01)
-    try:
-        yield fd
+    try: yield
     finally:
-        try:
-            _empty(fd)
-            if _same(os.fstat(fd), name, parent): os.rmdir(name, dir_fd=parent)
-        finally: os.close(fd)  # and so unlock it: who waited for that then sees that it is gone
+        with suppress(FileNotFoundError): os.unlink(name, dir_fd=parent)
+        os.close(fd)  # who waited for the lock then sees that the file is gone
 
 
-def _enter(path: str, name: str, parent: int) -> int | None:
-    "One try to make and lock the directory; None if somebody else has it."
-    try:
-        with suppress(FileExistsError): os.mkdir(name, 0o700, dir_fd=parent)
+def _lock(path: str, name: str, parent: int) -> int | None:
+    "One try to make and lock the file; None if somebody else has it."
+    try: fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=parent)
     except PermissionError as e:
-        folder = os.path.dirname(path) or os.getcwd()
-        raise AddressError(f"not allowed to write to {folder}: choose another or start as its owner", e.errno) from e
-    try: fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
-    except FileNotFoundError: return None
-    except OSError as e: raise AddressError(f"{path} is in the way: remove it", e.errno) from e
+        raise AddressError(f"not allowed to write {path}: choose another directory or start as its owner",
+                           e.errno) from e
+    except OSError as e: raise AddressError(f"cannot make the lock {path}: {e.strerror}", e.errno) from e
     try:
         st = os.fstat(fd)
-        if st.st_uid != os.geteuid() or st.st_mode & 0o077:
-            raise AddressError(f"{path} is in the way and not private: remove it")
-        if _lock(fd) and _same(st, name, parent):
-            _empty(fd)
-            return fd
+        if not stat.S_ISREG(st.st_mode) or st.st_size or st.st_uid != os.geteuid():
+            raise AddressError(f"{path} is in the way: remove it")
+        if _flock(fd) and _same(st, name, parent): return fd
     except BaseException: os.close(fd); raise
     os.close(fd)
     return None
 
 
-def _lock(fd: int) -> bool:
+def _flock(fd: int) -> bool:
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
-    except OSError as e:  # NFS does not lock directories; then the link alone decides who is first
-        log.debug("file system without locks: error=%s", e)
+    except OSError as e: log.debug("file system without locks: error=%s", e)  # so servers that start at once may clash
     return True
 
 
 def _same(st: os.stat_result, name: str, parent: int) -> bool:
     try: return os.path.samestat(st, os.stat(name, dir_fd=parent, follow_symlinks=False))
     except FileNotFoundError: return False
-
-
-def _empty(fd: int) -> None:
-    for o in os.listdir(fd): os.unlink(o, dir_fd=fd)
 
 
 def _make_way(path: str, name: str, parent: int) -> None:
@@ -350,20 +326,36 @@ def _in_use(path: str) -> AddressError:
     return AddressError(f"address in use by a live server: {path}; stop it or choose another path", errno.EADDRINUSE)
 
 
-def _chown(path: str, name: str, uid: int, gid: int, private: int) -> None:
-    if uid == gid == -1: return
-    try: os.chown(name, uid, gid, dir_fd=private, follow_symlinks=False)
-    except PermissionError as e:
-        whose = f"user {uid}" if uid != -1 else f"group {gid}"
-        raise AddressError(f"not allowed to give {path} to {whose}: start as root or as a member", e.errno) from e
+def _bind(sock: socket.socket, path: str, mode: int) -> None:
+    "Bind, with a file of this mode or less from the first moment."
+    umask = None
+    try: os.fchmod(sock.fileno(), mode)  # Linux makes the file with the mode of the socket, less the umask
+    except OSError: umask = os.umask(0o777 & ~mode)  # elsewhere only this helps, though it is the whole process's
+    try: sock.bind(path)
+    except OSError as e:
+        if e.errno != errno.EADDRINUSE: raise
+        raise _in_use(path) from e  # somebody came after `_make_way`
+    finally:
+        if umask is not None: os.umask(umask)
 
 
-def _publish(path: str, name: str, private: int, parent: int) -> None:
-    "Move the finished socket to its path, over nothing: a link, unlike a rename, never replaces."
-    try: os.link(name, name, src_dir_fd=private, dst_dir_fd=parent)
-    except FileExistsError: raise _in_use(path) from None
-    except OSError:  # no hard links there, or none of what we gave away; the path was free a moment ago
-        os.rename(name, name, src_dir_fd=private, dst_dir_fd=parent)
+def _let_in(sock: UnixListener, path: str, name: str, parent: int, uid: int, gid: int, mode: int) -> None:
+    "Give the file its owner, then its mode; what was swapped in for it stays as it is."
+    how: dict[str, Any] = {"dir_fd": parent, "follow_symlinks": False}
+    pin = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent) if PINS else -1
+    try:
+        if PINS: name, how = f"{PINS}/{pin}", {}
+        st = os.stat(name, **how)
+        if not stat.S_ISSOCK(st.st_mode) or st.st_uid != os.geteuid():
+            raise AddressError(f"somebody replaced the socket at {path}: choose a directory of your own")
+        sock.file, sock.identity, sock.pid = os.path.abspath(path), _identity(st), os.getpid()
+        try: os.chown(name, uid, gid, **how)
+        except PermissionError as e:
+            whose = f"user {uid}" if uid != -1 else f"group {gid}"
+            raise AddressError(f"not allowed to give {path} to {whose}: start as root or as a member", e.errno) from e
+        os.chmod(name, mode, **how)
+    finally:
+        if PINS: os.close(pin)
 
 
 def _identity(st: os.stat_result) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ class Channel:
         timeout: float | None,  # seconds to wait for the peer to send or to take bytes, None for ever
         peer: Any = "",  # its address, for the log
     ) -> None:
+        if sock.gettimeout(): sock.setblocking(False)  # of `socket.setdefaulttimeout`: Python would wait, and raise
         self.socket, self.connection, self.timeout, self.peer = sock, connection, timeout, peer
         self.waiting: list[Exchange] = []  # begun, and not started
 
@@ -75,7 +76,7 @@ class Channel:
         if connection.error and not connection.eof:
             log.warning("connection closed, peer=%r broke the protocol: %s", self.peer, connection.error)
             connection.receive_eof()
-        if connection.pending: self.send()
+        if connection.output: self.send()
         return True
 
     def fill(self, exchange: Exchange, stream: Input) -> bool:
@@ -93,8 +94,12 @@ class Channel:
         "Send all that the connection has to send."
         if self._sending: return  # called while a send waits: what is new follows behind what is on its way
         self._sending = True
-        while out := self.connection.data_to_send(): self._send(out)
-        self._sending = False
+        try:
+            while self.connection.output: self._send(self.connection.data_to_send())
+        except BaseException:  # of a signal's handler: half a record may have left
+            self.connection.send_failed()
+            raise
+        finally: self._sending = False
 
     def _send(self, out: list[Any]) -> None:
         total = len(out[0]) if len(out) == 1 else sum(map(len, out))
@@ -123,7 +128,7 @@ class Channel:
         """
         end, connection = _after(self.timeout), self.connection
         while True:
-            full = connection.eof or connection.held > connection.limits.max_buffer or connection.pending > _IOV
+            full = connection.eof or connection.held > connection.limits.max_buffer or len(connection.output) > _IOV
             ready = self.poll(select.POLLOUT | (0 if full else select.POLLIN), _until(end))
             if ready != select.POLLIN: return ready != 0
             self.receive()
@@ -149,22 +154,22 @@ class Channel:
 
     def write(self, exchange: Exchange, data: Bytes) -> int:
         n = exchange.write(data)
-        if self.connection.pending: self.send()
+        if self.connection.output: self.send()
         return n
 
     def write_err(self, exchange: Exchange, data: Bytes) -> int:
         n = exchange.write_err(data)
-        if self.connection.pending: self.send()
+        if self.connection.output: self.send()
         return n
 
     def flush(self, exchange: Exchange) -> None:
         exchange.flush()
-        if self.connection.pending: self.send()
+        if self.connection.output: self.send()
 
     def end(self, exchange: Exchange, app_status: int) -> None:
         "Finish the answer and send it; on a kept connection END_REQUEST follows once STDIN has ended."
         exchange.end(app_status)
-        if self.connection.pending: self.send()
+        if self.connection.output: self.send()
 
     def linger(self, wait: float | None = 0) -> bool:  # wait: seconds for the whole of it, None for ever
         """Let the peer read our answer before the socket is closed: unread input would make of that a reset.

@@ -1,0 +1,530 @@
+"""`AsyncFcgiHandler` and `AsyncFcgiServer`: FastCGI on asyncio, or on any loop like it (uvloop).
+
+Requests run as tasks, those that a web server interleaves on one connection too. The flow is controlled both ways: an
+`await write` waits for a peer that does not read, and a socket whose input nobody reads is not read either.
+`AsyncFcgiServer` accepts, `_Session` is one connection, `AsyncFcgiHandler` one request.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from typing import Any
+
+from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange, Input, Refused
+from .core import Bytes, Request
+from .errors import RemoteProtocolError, RequestAborted
+from .request import FcgiRequest, crlf, write_log
+from .sockets import allowed_peers, listen, peer_allowed, remove
+
+__all__ = ("AsyncFcgiHandler", "AsyncFcgiServer")
+
+log = logging.getLogger("fastcgi.aio")
+
+HIGH = 1 << 16  # bytes of a request's unread input at which its connection is no longer read, if it carries no other
+SLICE = 1 << 18  # bytes of one `write` that are handed to the transport at a time
+SWEEP = 1.0  # seconds between looks for connections whose time is up
+
+
+class AsyncFcgiHandler(FcgiRequest):
+    """Answers FastCGI requests on asyncio. Subclass it and override `handle`, a coroutine.
+
+    Policy and members are those of `FcgiRequest`, methods and streams those of `FcgiHandler`, to be awaited where they
+    do I/O. When the web server aborts the request or its connection ends, the task that runs `handle` is cancelled;
+    what shields itself from that gets `RequestAborted` from its next I/O.
+    """
+    max_requests_held = 256  # requests that run at a time for one connection: past it OVERLOADED
+    max_buffer = 1 << 20  # bytes of unread input at which a connection that carries several requests is no longer read
+
+    stdin: AsyncInput
+    data: AsyncInput
+    rfile: AsyncInput
+    stdout: AsyncOutput
+    stderr: AsyncOutput
+    wfile: AsyncOutput
+    _session: _Session
+    _waiter: asyncio.Future[None] | None = None
+
+    def __init__(self, request: asyncio.Transport, client_address: Any, server: AsyncFcgiServer) -> None:
+        "Made for each request; `request` is the connection's transport."
+        self.request, self.client_address, self.server = request, client_address, server
+
+    async def setup(self) -> None:
+        "Called before `handle`."
+
+    async def handle(self) -> None:
+        "Override this: answer one request."
+
+    async def finish(self) -> None:
+        "Called after `handle`, even if that raised."
+
+    # Input
+
+    async def read(self, sz: int = -1) -> bytes:
+        "`sz` bytes of STDIN, fewer only at its end; all if negative. b'' at the end. May raise `RequestAborted`."
+        return await self._read(self._exchange.stdin, sz)
+
+    async def readinto(self, buf: bytearray | memoryview) -> int:
+        "Fill `buf` from STDIN; how many bytes were read, fewer than it holds only at the end."
+        return await self.stdin.readinto(buf)
+
+    async def readall(self) -> bytes:
+        "All of STDIN that was not read yet."
+        return await self.read()
+
+    async def content(self) -> str:
+        "All of STDIN that was not read yet, as UTF-8 text."
+        return (await self.read()).decode()
+
+    def aborted(self) -> bool:
+        "True once the web server aborted the request or closed the connection."
+        return self._exchange.aborted
+
+    # Output
+
+    async def write(self, data: Bytes, err: bool = False) -> int:
+        "Write bytes to STDOUT, or to STDERR if `err`; their number. Waits for a peer that does not read."
+        if err: return await self.write_err(data)
+        if type(data) is not bytes: data = bytes(memoryview(data))  # the transport may keep it
+        exchange, session = self._exchange, self._session
+        for i in range(0, len(data), SLICE):
+            self._check()
+            exchange.write(data if len(data) <= SLICE else memoryview(data)[i:i + SLICE])
+            if session.connection.output: await session.send_and_drain()
+        return len(data)
+
+    async def write_err(self, data: Bytes) -> int:
+        "Write bytes to STDERR, which ends in the web server's log."
+        self._check()
+        n = write_log(self._exchange, data) if self.stderr_to == "log" else self._exchange.write_err(data)
+        if self._session.connection.output: await self._session.send_and_drain()
+        return n
+
+    async def send(self, c: Bytes | str, err: bool = False) -> int:
+        "Write bytes, or str as UTF-8."
+        return await self.write(c.encode() if isinstance(c, str) else c, err)
+
+    async def print(self, s: str = "") -> None:
+        "Write a line, and each line in it, to STDOUT with CRLF."
+        await self.send(crlf(s))
+
+    async def err(self, s: str = "") -> None:
+        "Write a line, and each line in it, to STDERR with CRLF."
+        await self.send(crlf(s), err=True)
+
+    async def flush(self) -> None:
+        "Send now what is buffered; the header block leaves once it is complete."
+        self._check()
+        self._exchange.flush()
+        await self._session.send_and_drain()
+
+    # Streams
+
+    def __getitem__(self, k: str | int) -> AsyncInput | AsyncOutput:
+        "A stream by name or `Request` member: stdin, data, stdout or stderr."
+        name = k.lower() if isinstance(k, str) else Request(k).name.lower()
+        if name not in ("stdin", "data", "stdout", "stderr"): raise KeyError(k)
+        return getattr(self, name)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        "Streams are made when they are first asked for."
+        stream: Any
+        if name in ("stdin", "rfile"): stream = self.stdin = self.rfile = AsyncInput(self, self._exchange.stdin)
+        elif name == "data": stream = self.data = AsyncInput(self, self._exchange.data)
+        elif name in ("stdout", "wfile"): stream = self.stdout = self.wfile = AsyncOutput(self, self.write)
+        elif name == "stderr": stream = self.stderr = AsyncOutput(self, self.write_err)
+        else: raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return stream
+
+    # One request
+
+    async def _answer(self) -> None:
+        "Run `setup`, `handle` and `finish`, and end the request whatever happens."
+        exchange = self._exchange
+        try:
+            await self.setup()
+            try: await self.handle()
+            finally: await self.finish()
+        except SystemExit as e: self._exited(e.code)
+        except (RequestAborted, asyncio.CancelledError) as e:
+            log.debug("request_id=%d ended: %s", exchange.id, e or "cancelled")
+        except Exception as e: self._failed(e)
+        except BaseException as e:
+            self._failed(e)
+            raise
+        finally:
+            self._check_answer()
+            exchange.end(self.app_status)
+            self._session.ended(exchange)
+
+    def _check(self) -> None:
+        if self._exchange.aborted: raise RequestAborted("the web server has given up the request")
+
+    async def _fill(self, stream: Input) -> bool:
+        "Wait until `stream` has bytes. False at its end."
+        while not stream.size:
+            if stream.ended: return False
+            self._check()
+            if self._waiter: raise RuntimeError("another task reads this request already")
+            self._waiter = self._session.loop.create_future()
+            self._session.control_flow()
+            try: await self._waiter
+            finally: self._waiter = None
+        return True
+
+    async def _read(self, stream: Input, size: int) -> bytes:
+        "Nothing is allocated for bytes that have not arrived."
+        if 0 <= size <= stream.size: data = stream.take(size)
+        elif size < 0 and stream.ended: data = stream.take()
+        else:
+            parts = []
+            while size and await self._fill(stream):
+                parts.append(stream.take(size if size < 0 else min(size, stream.size)))
+                if size > 0: size -= len(parts[-1])
+            data = b"".join(parts)
+        self._session.control_flow()
+        return data
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done(): self._waiter.set_result(None)
+
+
+class AsyncInput:
+    "STDIN or DATA of a request: ends where the stream ends, then gives b''. Reading may raise `RequestAborted`."
+
+    def __init__(self, handler: AsyncFcgiHandler, stream: Input) -> None:
+        self._handler, self._stream = handler, stream
+
+    async def read(self, size: int | None = -1) -> bytes:
+        "`size` bytes, fewer only at the end; all there are if it is negative or None."
+        return await self._handler._read(self._stream, -1 if size is None else size)
+
+    async def read1(self, size: int = -1) -> bytes:
+        "At least one byte and at most `size`, whatever is there first; b'' at the end."
+        if not size or not await self._handler._fill(self._stream): return b""
+        return self._taken(self._stream.take(size))
+
+    async def readinto(self, buffer: bytearray | memoryview) -> int:
+        "Fill `buffer`; how many bytes were read, fewer than it holds only at the end."
+        view, done = memoryview(buffer).cast("B"), 0
+        while done < len(view) and await self._handler._fill(self._stream): done += self._stream.take_into(view[done:])
+        self._taken(b"")
+        return done
+
+    async def readline(self, size: int | None = -1) -> bytes:
+        "A line with its end, at most `size` bytes of it."
+        parts, left = [], -1 if size is None else size
+        while left and await self._handler._fill(self._stream):
+            parts.append(self._stream.take_line(left))
+            if parts[-1].endswith(b"\n"): break
+            if left > 0: left -= len(parts[-1])
+        return self._taken(b"".join(parts))
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while line := await self.readline(): yield line
+
+    def _taken(self, data: bytes) -> bytes:
+        self._handler._session.control_flow()
+        return data
+
+
+class AsyncOutput:
+    "STDOUT or STDERR of a request."
+
+    def __init__(self, handler: AsyncFcgiHandler, write: Any) -> None:
+        self._handler, self.write = handler, write
+
+    async def flush(self) -> None: await self._handler.flush()
+
+
+class _Session(asyncio.Protocol):
+    "One connection: what arrives goes to the engine, its events to tasks, what it has to send to the transport."
+    __slots__ = ("server", "loop", "connection", "transport", "running", "last", "reading", "writable", "unsent",
+                 "lingering", "peer")
+    transport: asyncio.Transport
+
+    def __init__(self, server: AsyncFcgiServer) -> None:
+        self.server, self.loop = server, server.get_loop()
+        self.connection = Connection(server.handler, server.values)
+        self.running: dict[Exchange, tuple[AsyncFcgiHandler, asyncio.Task[None] | None]] = {}
+        self.last = self.loop.time()  # when something arrived or was ended
+        self.reading = True
+        self.writable: asyncio.Event | None = None  # while the transport takes no more
+        self.unsent = 0  # bytes that it held at the last look
+        self.lingering = -1  # bytes that may still be thrown away after our answer, once we wait for the peer to close
+        self.peer: Any = ""
+
+    # What the transport calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self.transport, self.peer = transport, transport.get_extra_info("peername")  # type: ignore[assignment]
+        if self.server.allowed is not None and not peer_allowed(self.peer, self.server.allowed):
+            log.warning("connection refused: peer=%r is not among the web servers", self.peer)
+            self.transport.abort()
+        else: self.server.sessions.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.last = self.loop.time()
+        if self.lingering >= 0:
+            self.lingering -= len(data)
+            if self.lingering < 0: self.transport.abort()
+            return
+        connection = self.connection
+        try: events = connection.receive_data(data)
+        except RemoteProtocolError: events = []
+        if events: self._handle(events)
+        if connection.error and not connection.eof:
+            log.warning("connection closed, peer=%r broke the protocol: %s", self.peer, connection.error)
+            self._handle(connection.receive_eof())
+        if connection.output: self.send()
+        if connection.closing and not connection.exchanges: self._close()
+        elif connection.exchanges or self.writable: self.control_flow()
+
+    def eof_received(self) -> bool:
+        if self.lingering >= 0: return False
+        self._handle(self.connection.receive_eof())
+        return bool(self.running)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.server.sessions.discard(self)
+        self._handle(self.connection.send_failed())
+        self.resume_writing()
+        self.server.check_done()
+
+    def pause_writing(self) -> None: self.writable = asyncio.Event()
+
+    def resume_writing(self) -> None:
+        if self.writable: self.writable.set()
+        self.writable = None
+        if not self.reading: self.control_flow()
+
+    # Requests
+
+    def _handle(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if type(event) is BeginRequest: self._start(event.exchange)
+            elif type(event) is Refused:
+                log.warning("request refused request_id=%d peer=%r: %s", event.request_id, self.peer, event.reason)
+            elif (running := self.running.get(event.exchange)) is not None:  # type: ignore[union-attr]
+                handler, task = running
+                if type(event) is AbortRequest and task: task.cancel()
+                handler._wake()
+
+    def _start(self, exchange: Exchange) -> None:
+        if exchange.ended: return
+        self.connection.start(exchange)
+        handler = self.server.handler(self.transport, self.peer, self.server)
+        handler._session = self
+        handler._begin(exchange)
+        self.running[exchange] = handler, None
+        task = _task(handler._answer(), self.loop)
+        if exchange in self.running: self.running[exchange] = handler, task
+        if exchange.aborted: task.cancel()
+
+    def ended(self, exchange: Exchange) -> None:
+        "The answer of `exchange` is complete."
+        self.running.pop(exchange, None)
+        self.last = self.loop.time()
+        if self.connection.output: self.send()
+        if self.connection.closing and not self.connection.exchanges: self._close()
+        elif not self.reading: self.control_flow()
+        if self.server.stopping: self.stop()
+
+    # Flow
+
+    def send(self) -> None:
+        out = self.connection.data_to_send()
+        if not self.transport.is_closing(): self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+
+    async def send_and_drain(self) -> None:
+        if self.connection.output: self.send()
+        if self.writable: await self.writable.wait()
+
+    def control_flow(self) -> None:
+        """Read the socket, or do not: what handlers leave unread waits there.
+
+        A connection with several requests is read on up to `max_buffer` bytes, as the others' input may be behind. A
+        peer that takes no answers may send as much, since some read none before they have sent all; but not for ever.
+        """
+        connection, most = self.connection, self.server.handler.max_buffer
+        wanted = connection.held < (HIGH if len(connection.exchanges) < 2 else most) and not (
+            self.writable and self.transport.get_write_buffer_size() > most)
+        if wanted is self.reading or self.transport.is_closing(): return
+        self.reading = wanted
+        if wanted: self.transport.resume_reading()
+        else: self.transport.pause_reading()
+
+    def _close(self) -> None:
+        "Close, but not over unread input: that would make a reset of it, and eat our answer."
+        if self.lingering >= 0 or self.transport.is_closing(): return
+        if not self.connection.early or self.connection.eof or self.connection.error: self.transport.close()
+        else:
+            self.lingering = self.server.handler.drain
+            self.last = self.loop.time()
+            if not self.reading: self.transport.resume_reading()
+            self.transport.write_eof()
+
+    def stop(self) -> None:
+        "The server stops: nothing new is begun."
+        self.connection.closing = True
+        if not self.connection.exchanges: self._close()
+
+    def sweep(self, now: float) -> None:
+        "Give up a peer that does not do its part in time."
+        handler, connection, silent = self.server.handler, self.connection, now - self.last
+        if self.writable:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent != self.unsent: self.unsent, self.last = unsent, now
+            why = "nothing was read"
+        elif self.lingering >= 0: why = "it did not close"
+        elif not connection.exchanges:
+            if handler.idle_timeout is not None and silent > handler.idle_timeout: self.transport.close()
+            return
+        elif any(h._waiter for h, _ in self.running.values()) or len(connection.exchanges) > len(self.running):
+            why = "nothing was sent"
+        else: return  # it is our turn
+        if handler.timeout is None or silent <= handler.timeout: return
+        log.warning("connection closed after %s s: %s by peer=%r", handler.timeout, why, self.peer)
+        self._handle(connection.send_failed())
+        self.transport.abort()
+
+
+def _task(coro: Any, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+    "A task that, where Python can (3.12), runs at once up to its first wait: a small request is answered in one step."
+    if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+        return asyncio.Task(coro, loop=loop, eager_start=True)
+    return loop.create_task(coro)
+
+
+class AsyncFcgiServer:
+    """Serve an `AsyncFcgiHandler` class: `async with AsyncFcgiServer(Handler) as server: await server.serve_forever()`.
+
+    Accepts from the moment it is entered. Leaving the context shuts it down.
+    """
+
+    def __init__(
+        self,
+        handler: type[AsyncFcgiHandler],
+        sock: Any = None,  # a listening socket or its descriptor, or any address that `listen` takes; None: stdin's
+        *,
+        web_server_addrs: str | Iterable[str] | None = None,  # peers to accept; None: as FCGI_WEB_SERVER_ADDRS says
+        graceful_timeout: float = 30,  # seconds that running requests have to end in `shutdown`
+        **options: Any,  # `mode`, `group`, ... as in `listen`
+    ) -> None:
+        "Raises `AddressError` with one clear line where there is no such address."
+        self.handler, self.graceful_timeout = handler, graceful_timeout
+        self.socket = listen(sys.stdin.fileno() if sock is None else sock, **options)
+        self.allowed = allowed_peers(web_server_addrs)
+        self.sessions: set[_Session] = set()
+        self.stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server: asyncio.AbstractServer | _BlockingAcceptor | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._stopped: asyncio.Event
+        self._empty: asyncio.Event
+
+    def fileno(self) -> int:
+        "The descriptor of the listening socket."
+        return self.socket.fileno()
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        "The loop that the server runs on; raises `RuntimeError` before it has started."
+        if self._loop is None: raise RuntimeError("the server has not started")
+        return self._loop
+
+    async def start(self) -> None:
+        "Accept connections from now on."
+        if self._server: return
+        self._loop = loop = asyncio.get_running_loop()
+        self._stopped, self._empty = asyncio.Event(), asyncio.Event()
+        if self.socket.gettimeout() is None and _inherited(self.socket): self._server = _BlockingAcceptor(self)
+        elif self.socket.family == socket.AF_UNIX:
+            options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) and isinstance(
+                loop, asyncio.BaseEventLoop) else {}
+            self._server = await loop.create_unix_server(self._session, sock=self.socket, backlog=1024, **options)
+        else: self._server = await loop.create_server(self._session, sock=self.socket, backlog=1024)
+        self._sweep()
+
+    def _session(self) -> _Session: return _Session(self)
+
+    def values(self) -> dict[str, str]:
+        "What GET_VALUES is told (spec 4.1)."
+        return {"FCGI_MAX_CONNS": "1000", "FCGI_MAX_REQS": str(self.handler.max_requests_held), "FCGI_MPXS_CONNS": "1"}
+
+    async def serve_forever(self) -> None:
+        "Serve until `shutdown`, SIGTERM (in the main thread) or cancellation; then requests that run may end."
+        await self.start()
+        loop = self.get_loop()
+        main = threading.current_thread() is threading.main_thread()
+        if main: loop.add_signal_handler(signal.SIGTERM, self._stopped.set)
+        try: await self._stopped.wait()
+        finally:
+            if main: loop.remove_signal_handler(signal.SIGTERM)
+            await self.shutdown()
+
+    async def shutdown(self, wait: bool = True) -> None:
+        "Accept nothing more, let running requests end within `graceful_timeout`, then cancel them."
+        if not self._server: return
+        self.stopping = True
+        self._stopped.set()
+        self._server.close()
+        for session in list(self.sessions): session.stop()
+        if not wait: return
+        self.check_done()
+        with suppress(asyncio.TimeoutError): await asyncio.wait_for(self._empty.wait(), self.graceful_timeout)
+        for session in list(self.sessions):
+            for _, task in list(session.running.values()):
+                if task: task.cancel()
+        for _ in range(2): await asyncio.sleep(0)  # let them go
+        for session in list(self.sessions): session.transport.abort()
+        if self._sweeper: self._sweeper.cancel()
+
+    def check_done(self) -> None:
+        if self.stopping and not self.sessions: self._empty.set()
+
+    async def __aenter__(self) -> AsyncFcgiServer:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.shutdown()
+        remove(self.socket)
+        self.socket.close()
+
+    def _sweep(self) -> None:
+        loop = self.get_loop()
+        for session in list(self.sessions): session.sweep(loop.time())
+        self._sweeper = loop.call_later(SWEEP, self._sweep)
+
+
+def _inherited(sock: socket.socket) -> bool:
+    from .sockets import UnixListener
+    return not isinstance(sock, UnixListener)
+
+
+class _BlockingAcceptor:
+    """Accepts in a thread, from a socket that blocks and is not ours to change: sibling processes share that.
+
+    Should one of them be quicker, the thread waits for the next connection and the loop does not.
+    """
+
+    def __init__(self, server: AsyncFcgiServer) -> None:
+        self.server, self.loop = server, server.get_loop()
+        self.ends = socket.socketpair()
+        threading.Thread(target=self._run, name="fastcgi-accept", daemon=True).start()
+
+    def _run(self) -> None:
+        ours, listener, loop = self.ends[1], self.server.socket, self.loop
+        with ours, suppress(OSError, RuntimeError):  # the loop is gone
+            while ours not in (ready := select.select([listener, ours], [], [])[0]) and ready:
+                conn, _ = listener.accept()
+                asyncio.run_coroutine_threadsafe(loop.connect_accepted_socket(self.server._session, conn), loop)
+
+    def close(self) -> None: self.ends[0].close()
