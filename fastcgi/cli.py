@@ -29,7 +29,7 @@ from typing import IO, Any, NoReturn
 from . import __version__
 from .errors import FcgiError
 
-__all__ = ("main", "dev", "call")
+__all__ = ("main", "dev", "call", "run", "COMMANDS", "Mistake")
 
 FLAGS = {"request": "-X", "data": "-d", "header": "-H", "param": "-p", "include": "-i", "verbose": "-v"}
 POSITIONAL = {"target"}

@@ -253,7 +253,7 @@ class Exchange:
         return size
 
     def write_err(self, data: Bytes) -> int:
-        "Send `data` to STDERR, with the next STDOUT records. Dropped or refused as in `write`."
+        "Send `data` to STDERR: with the next STDOUT, or once it fills a record. Dropped or refused as in `write`."
         if self.ended: raise LocalProtocolError("output after the end of the request", STDERR, self.id)
         view = memoryview(data).cast("B")
         if not self._mute: self._stderr += view

@@ -142,16 +142,19 @@ def pack_pairs(
 
 def unpack_pairs(
     data: Bytes,  # whole name-value pairs
+    max_pairs: int = 1 << 31,  # more raise `LimitExceeded`
 ) -> list[tuple[bytes, bytes]]:  # names and values in their order, repeated names included
     "Decode name-value pairs (spec 3.4). Raises `RemoteProtocolError` if the last pair is cut."
     data = bytes(data)
-    end, at, pairs = len(data), 0, []
+    end, at = len(data), 0
+    pairs: list[tuple[bytes, bytes]] = []
     while at < end:
         at, nlen = _unpack_len(data, at)
         at, vlen = _unpack_len(data, at)
         value = at + nlen
         stop = value + vlen
         if stop > end: raise RemoteProtocolError(f"name-value pair of {nlen}+{vlen} bytes in the last {end - at}")
+        if len(pairs) == max_pairs: raise LimitExceeded("max_pairs", max_pairs, max_pairs + 1)
         pairs.append((data[at:value], data[value:stop]))
         at = stop
     return pairs
@@ -187,8 +190,7 @@ def unpack_params(
     """
     data = bytes(data)
     end, at, n = len(data), 0, 0
-    if end > 2 * max_pairs and (seen := len(unpack_pairs(data))) > max_pairs:  # a pair takes 2 bytes at least
-        raise LimitExceeded("max_pairs", max_pairs, seen)
+    if end > 2 * max_pairs: unpack_pairs(data, max_pairs)  # a pair takes 2 bytes, so fewer need no count
     ascii = data.isascii()
     data += b"\x80"  # a sentinel: with a last odd byte it makes a pair that passes the end
     text = data.decode("latin-1")  # one character a byte: decode once, slice often

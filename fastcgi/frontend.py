@@ -71,7 +71,8 @@ def cgi_params(
         "SERVER_ADDR": server[0], "REMOTE_ADDR": client[0], "REMOTE_PORT": str(client[1]),
         "REQUEST_METHOD": method, "REQUEST_SCHEME": "http", "REQUEST_URI": _text(target.encode("latin-1")),
         "QUERY_STRING": _text(query.encode("latin-1")), "DOCUMENT_URI": uri, "DOCUMENT_ROOT": root,
-        "SCRIPT_NAME": mount, "SCRIPT_FILENAME": root + mount, "PATH_INFO": info, "REDIRECT_STATUS": "200",
+        "SCRIPT_NAME": mount, "SCRIPT_FILENAME": root + mount, "PATH_INFO": info, "PATH_TRANSLATED": root + info,
+        "REDIRECT_STATUS": "200",  # without it php believes to be run by hand
         "CONTENT_TYPE": ", ".join(fields.get("content-type", ())),
         "CONTENT_LENGTH": fields.get("content-length", [""])[0],
         **{"HTTP_" + k.upper().replace("-", "_"): ("; " if k == "cookie" else ", ").join(v)
@@ -168,7 +169,7 @@ class FrontEndHandler(MinimalHTTPHandler):
         except RemoteProtocolError as e: line = f"no FastCGI answer from {front.client.address}: {e}"
         except TimeoutError as e: code, line = 504, f"no answer from {front.client.address}: {e}"
         except FcgiError as e: line = front.trouble() or f"no answer from {front.client.address}: {e}"
-        except OSError as e: line = f"nobody listens at {front.client.address}: {e.strerror or e}"
+        except OSError as e: line = f"cannot connect to {front.client.address}: {e.strerror or e}"
         self._fail(code, line)
         return None
 

@@ -38,7 +38,8 @@ ENVIRON = dict(
     HTTP_USER_AGENT="Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
     HTTP_ACCEPT="text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", HTTP_ACCEPT_LANGUAGE="de,en;q=0.5",
     HTTP_ACCEPT_ENCODING="gzip, deflate, br", HTTP_REFERER="http://example.org/", HTTP_CONNECTION="keep-alive",
-    HTTP_COOKIE="session=0123456789abcdef; theme=dark", HTTP_CACHE_CONTROL="max-age=0", HTTP_UPGRADE_INSECURE_REQUESTS="1")
+    HTTP_COOKIE="session=0123456789abcdef; theme=dark", HTTP_CACHE_CONTROL="max-age=0",
+    HTTP_UPGRADE_INSECURE_REQUESTS="1")
 
 
 # Records of a web server
@@ -123,7 +124,9 @@ def read_pairs(data: bytes) -> list[tuple[bytes, bytes]]:
 def environ_of(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     "What a program is to see of `pairs`: header fields sent twice are joined, of other names the last counts."
     values: dict[str, list[str]] = {}
-    for k, v in pairs: values.setdefault(k.decode("utf-8", "surrogateescape"), []).append(v.decode("utf-8", "surrogateescape"))
+    for pair in pairs:
+        k, v = (x.decode("utf-8", "surrogateescape") for x in pair)
+        values.setdefault(k, []).append(v)
     return {k: ("; " if k == "HTTP_COOKIE" else ", ").join(v) if k.startswith("HTTP_") else v[-1]
             for k, v in values.items()}
 
@@ -356,3 +359,47 @@ def vectors() -> list[Vector]:
 @cache
 def _streams() -> dict[str, bytes]:
     with tarfile.open(HERE / "vectors/streams.tar.xz") as tar: return {x.name: tar.extractfile(x).read() for x in tar}
+
+
+# Handlers
+
+@contextmanager
+def handling(handler, server=None, pair=socket.socketpair) -> Iterator[socket.socket]:
+    "The web server's end of a connection that `handler` serves in a thread. What it raises is raised after the block."
+    ours, theirs = pair()
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try: handler(ours, "", server)
+        except BaseException as e: raised.append(e)
+        finally: ours.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    with theirs:
+        theirs.settimeout(DEADLINE)
+        thread.start()
+        yield theirs
+    thread.join(DEADLINE)
+    assert not thread.is_alive()
+    if raised: raise raised[0]
+
+
+def converse(sock: socket.socket, data: bytes, eof: bool = False) -> bytes:
+    "Send `data`, and perhaps the end of it, while reading; all that came until the peer closed."
+    got, view, end = bytearray(), memoryview(data), time.monotonic() + DEADLINE
+    sock.setblocking(False)
+    while True:
+        readable, writable, _ = select.select([sock], [sock] if view else [], [], max(end - time.monotonic(), 0))
+        assert readable or writable, f"nothing within {DEADLINE} s after {bytes(got[-99:])!r}"
+        if writable:
+            try: view = view[sock.send(view[:1 << 16]):]
+            except (BrokenPipeError, ConnectionResetError): view = view[:0]
+            if eof and not view: sock.shutdown(socket.SHUT_WR)
+        if readable:
+            if not (piece := sock.recv(1 << 16)): return bytes(got)
+            got += piece
+
+
+def ask(handler, *data: bytes, eof: bool = False, server=None) -> list[Answer]:
+    "What `handler` answers on a connection of its own; `eof` where that is kept and would not end."
+    with handling(handler, server) as sock: return answers(converse(sock, b"".join(data), eof))

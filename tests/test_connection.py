@@ -1,10 +1,10 @@
-"""`Connection` beyond single clauses of the specification: each record in each state, cuts, the small request, `Input`."""
-import gc
+"""`Connection` beyond single clauses of the specification: records in states, cuts, the small request, `Input`."""
+import gc  # noqa: I001 - in rows
 import weakref
 
 import pytest
-from helpers import (ABORT_REQUEST, BEGIN_REQUEST, DATA, FILTER, GET_VALUES, PARAMS, STDERR, STDIN, STDOUT, Wire, begin,
-                     pair, params, pieces, rec, request, stream, tell)
+from helpers import (ABORT_REQUEST, BEGIN_REQUEST, DATA, FILTER, GET_VALUES, PARAMS, STDERR, STDIN, STDOUT, Wire,
+                     begin, pair, params, pieces, rec, request, stream, tell)
 
 from fastcgi import connection
 from fastcgi.connection import Framing, Input, Limits, status_page
@@ -36,23 +36,25 @@ STATES = {
     "refused":     [begin(role=9, keep=True)]}
 
 RECORDS = {
-    "BEGIN_REQUEST": begin(keep=True), "ABORT_REQUEST": rec(ABORT_REQUEST), "PARAMS": rec(PARAMS, pair("B", "2")), "PARAMS end": rec(PARAMS),
+    "BEGIN_REQUEST": begin(keep=True), "ABORT_REQUEST": rec(ABORT_REQUEST),
+    "PARAMS": rec(PARAMS, pair("B", "2")), "PARAMS end": rec(PARAMS),
     "STDIN": rec(STDIN, b"y"), "STDIN end": rec(STDIN), "DATA": rec(DATA, b"z"), "DATA end": rec(DATA),
-    "other": rec(3, bytes(8)) + rec(STDOUT, b"x") + rec(STDERR) + rec(GET_VALUES, b"\5") + rec(10) + rec(11, bytes(8)) + rec(12) + rec(255, b"x")}
+    "other": rec(3, bytes(8)) + rec(STDOUT, b"x") + rec(STDERR) + rec(GET_VALUES, b"\5") + rec(10) + rec(255, b"x")}
 
 # what makes an event or ends the request; `raise` a protocol error; all else is skipped
+_stdin = {"STDIN": "Stdin", "STDIN end": "StdinEnd"}
 EFFECTS = {
-    "idle":     {"BEGIN_REQUEST": ""},
-    "begun":    {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "end", "PARAMS end": "BeginRequest", "STDIN": "Stdin", "STDIN end": "StdinEnd"},
-    "params":   {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "end", "PARAMS end": "BeginRequest", "STDIN": "Stdin", "STDIN end": "StdinEnd"},
-    "waiting":  {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "AbortRequest end", "STDIN": "Stdin", "STDIN end": "StdinEnd"},
-    "running":  {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "AbortRequest", "STDIN": "Stdin", "STDIN end": "StdinEnd"},
+    "idle":     {},
+    "begun":    {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "end", "PARAMS end": "BeginRequest", **_stdin},
+    "params":   {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "end", "PARAMS end": "BeginRequest", **_stdin},
+    "waiting":  {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "AbortRequest end", **_stdin},
+    "running":  {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "AbortRequest", **_stdin},
     "complete": {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "AbortRequest"},
-    "aborted":  {"BEGIN_REQUEST": "raise", "STDIN": "Stdin", "STDIN end": "StdinEnd"},
+    "aborted":  {"BEGIN_REQUEST": "raise", **_stdin},
     "early":    {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "end", "STDIN end": "end"},
-    "ended":    {"BEGIN_REQUEST": ""},
+    "ended":    {},
     "filter":   {"BEGIN_REQUEST": "raise", "ABORT_REQUEST": "AbortRequest", "DATA": "Data", "DATA end": "DataEnd"},
-    "refused":  {"BEGIN_REQUEST": ""}}
+    "refused":  {}}
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -80,11 +82,14 @@ def test_every_record_in_every_state(state, record, how):
 
 def outcome(data: bytes, how: str | int, **limits) -> tuple:
     wire, error = Wire(**limits), None
-    try: wire.send(data, how=how); wire.send(b"")
+    try:
+        wire.send(data, how=how)
+        wire.send(b"")
     except RemoteProtocolError as e: error = str(e)
     begun = [x.exchange for x in wire.events if type(x).__name__ == "BeginRequest"]
+    connection = wire.connection
     state = [(x.id, x.role, x.keep_conn, x.environ, x.stdin.size, x.complete, x.aborted, x.ended) for x in begun]
-    return error, tell(wire.events), state, wire.sent(), wire.connection.closing, wire.connection.early, list(wire.connection.exchanges)
+    return error, tell(wire.events), state, wire.sent(), connection.closing, connection.early, [*connection.exchanges]
 
 
 SMALL = {
@@ -106,22 +111,25 @@ SMALL = {
     "id 0":                  begin(0) + rec(PARAMS, b"\1\1AB", 0) + rec(PARAMS, b"", 0) + rec(STDIN, b"", 0),
     "other end":             begin() + rec(PARAMS, b"\1\1AB") + rec(PARAMS) + rec(STDIN, b"", 2),
     "wrong version":         begin() + rec(PARAMS, b"\1\1AB", version=2) + rec(PARAMS) + rec(STDIN),
-    "wrong version of all":  begin()[:0] + rec(BEGIN_REQUEST, bytes(8), version=2) + rec(PARAMS, b"\1\1AB", version=2) + rec(PARAMS) + rec(STDIN),
-    "padded begin":          rec(BEGIN_REQUEST, b"\0\1\0" + bytes(5), padding=8) + rec(PARAMS, b"\1\1AB") + rec(PARAMS) + rec(STDIN),
-    "begin of 16":           rec(BEGIN_REQUEST, b"\0\1\0" + bytes(13)) + rec(PARAMS, b"\1\1AB") + rec(PARAMS) + rec(STDIN),
+    "wrong version of all":  rec(BEGIN_REQUEST, bytes(8), version=2) + rec(PARAMS, b"\1\1AB", version=2) + rec(PARAMS),
+    "padded begin":          rec(BEGIN_REQUEST, b"\0\1\0" + bytes(5), padding=8) + params({"A": "1"}) + rec(STDIN),
+    "begin of 16":           rec(BEGIN_REQUEST, b"\0\1\0" + bytes(13)) + params({"A": "1"}) + rec(STDIN),
     "more":                  request() + b"\1",
     "data":                  request(b"body")}
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("how", ["bytes", 1])
-@pytest.mark.parametrize("limits", [{}, dict(max_params=6), dict(max_params=5), dict(max_pairs=1), dict(max_pairs=0), dict(max_requests_held=0),
-                                    dict(roles=()), dict(max_params=65535), dict(max_params=65534)], ids=str)
+@pytest.mark.parametrize("limits", [
+    {}, dict(max_params=6), dict(max_params=5), dict(max_params=65535), dict(max_params=65534), dict(max_pairs=1),
+    dict(max_pairs=0), dict(max_requests_held=0), dict(roles=())], ids=str)
 def test_small_request_is_taken_as_record_by_record(name, how, limits):
     assert outcome(SMALL[name], "whole", **limits) == outcome(SMALL[name], how, **limits)
 
 
-@pytest.mark.parametrize("before", [begin(2), begin(7, keep=True), rec(42, b"xyz", 0, 9), rec(GET_VALUES, pair("A"), 0, 9), request(b"xyz", 2, keep=True)])
+@pytest.mark.parametrize("before", [
+    begin(2), begin(7, keep=True), rec(42, b"xyz", 0, 9), rec(GET_VALUES, pair("A"), 0, 9),
+    request(b"xyz", 2, keep=True)])
 def test_small_request_behind_something_else(before):
     data = before + request()
     expected = outcome(data, "bytes")
@@ -206,7 +214,8 @@ def test_input_that_was_read_does_not_stay():
 
 def test_held_is_what_arrived_and_was_not_read():
     wire = Wire()
-    one, two = wire.open(rec(STDIN, b"x" * 10)), wire.open(rec(STDIN, b"x" * 5, 2), stream(DATA, b"z", 2), request_id=2, role=FILTER)
+    one = wire.open(rec(STDIN, b"x" * 10))
+    two = wire.open(rec(STDIN, b"x" * 5, 2), stream(DATA, b"z", 2), request_id=2, role=FILTER)
     assert wire.connection.held == 16
     one.stdin.take(4)
     two.end()
@@ -215,7 +224,8 @@ def test_held_is_what_arrived_and_was_not_read():
 
 def test_nothing_is_left_to_send_once_sending_failed():
     wire = Wire(values={"A": "1"})
-    one, two, three = wire.open(keep=True), wire.open(rec(STDIN, b"", 2), request_id=2, keep=True), wire.open(request_id=3, keep=True)
+    one, three = wire.open(keep=True), wire.open(request_id=3, keep=True)
+    two = wire.open(rec(STDIN, b"", 2), request_id=2, keep=True)
     for x in (one, two):
         x.write(b"\nflushed")
         x.flush()
@@ -229,7 +239,7 @@ def test_nothing_is_left_to_send_once_sending_failed():
         x.write_err(b"dropped" * 20_000)
         x.flush()
         x.end()
-    assert wire.connection.pending == 0 and wire.connection.data_to_send() == [] and not wire.connection.exchanges
+    assert not wire.connection.output and wire.connection.data_to_send() == [] and not wire.connection.exchanges
 
 
 def test_aborted_request_takes_no_more_input():
@@ -243,8 +253,8 @@ def test_aborted_request_takes_no_more_input():
 def test_pending_counts_buffers():
     wire = Wire()
     wire.send(rec(42, b"", 0), rec(43, b"", 0))
-    assert wire.connection.pending == 2
-    assert len(wire.sent()) == 2 and wire.connection.pending == 0 and wire.connection.data_to_send() == []
+    assert len(wire.connection.output) == 2
+    assert len(wire.sent()) == 2 and not wire.connection.output and wire.connection.data_to_send() == []
 
 
 def test_error_is_raised_again():

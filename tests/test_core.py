@@ -1,5 +1,5 @@
 """The wire format: each pack/unpack pair against bytes from the specification, their limits, and what breaks them."""
-import struct
+import struct  # noqa: I001 - in rows
 import tracemalloc
 from time import process_time
 
@@ -15,7 +15,8 @@ from fastcgi.errors import FcgiError, LimitExceeded, LocalProtocolError, Protoco
 
 names = st.sampled_from([b"", b"A", b"HTTP_A", b"HTTP_COOKIE", b"HTTP_", b"http_a", b"\xff", b"HTTP_\xe9", b"N" * 127,
                          b"N" * 128]) | st.binary(max_size=300)
-values = st.sampled_from([b"", b"1", b"\xe2\x82\xac", b"\x80", b"v" * 127, b"v" * 128, b"v" * 70000]) | st.binary(max_size=300)
+values = st.sampled_from([b"", b"1", b"\xe2\x82\xac", b"\x80", b"v" * 127, b"v" * 128,
+                          b"v" * 70000]) | st.binary(max_size=300)
 pairs_ = st.lists(st.tuples(names, values), max_size=20)
 
 
@@ -59,8 +60,9 @@ def test_pack_in_another_byte_order():
     assert unpack_sz("H", b"\x01\0", 0, "<") == (2, 1)
 
 
-@pytest.mark.parametrize("fmt, args", [("B", (256,)), ("B", (-1,)), ("H", (65536,)), ("L", (1 << 32,)), ("B", ()), ("B", (1, 2)),
-                                       ("B", ("1",)), ("B", (1.5,))])
+@pytest.mark.parametrize("fmt, args", [
+    ("B", (256,)), ("B", (-1,)), ("H", (65536,)), ("L", (1 << 32,)), ("B", ()), ("B", (1, 2)),
+    ("B", ("1",)), ("B", (1.5,))])
 def test_pack_of_what_does_not_fit(fmt, args):
     with pytest.raises(LocalProtocolError) as e: pack(fmt, *args)
     assert isinstance(e.value.__cause__, struct.error)
@@ -131,7 +133,8 @@ def test_unpack_rec_outside_of_the_bytes(at):
 
 @pytest.mark.parametrize("version", [0, 2, 255])
 def test_unpack_rec_of_another_version(version):
-    with pytest.raises(RemoteProtocolError, match=f"version {version}") as e: unpack_rec(rec(5, b"", 9, version=version))
+    data = rec(5, b"", 9, version=version)
+    with pytest.raises(RemoteProtocolError, match=f"version {version}") as e: unpack_rec(data)
     assert (e.value.record_type, e.value.request_id) == (5, 9)
 
 
@@ -211,8 +214,9 @@ def test_small_length_in_four_bytes(nlen, vlen):
 
 
 @pytest.mark.parametrize("f", [unpack_pairs, unpack_params])
-@pytest.mark.parametrize("lens", ["7f7f", "0005", "ff", "ffffffff", "ffffff", "ffffffffffffffff", "ffffffff00", "00ffffffff",
-                                  "80000000ffffffff", "ffffffff80000000", "01ffffffff", "800000", "01800000"])
+@pytest.mark.parametrize("lens", [
+    "7f7f", "0005", "ff", "ffffffff", "ffffff", "ffffffffffffffff", "ffffffff00", "00ffffffff", "80000000ffffffff",
+    "ffffffff80000000", "01ffffffff", "800000", "01800000"])
 def test_length_of_more_than_arrived_allocates_nothing(f, lens):
     data = bytes.fromhex(lens)
     for tail in (b"", b"A", b"AB"):
@@ -264,7 +268,8 @@ def test_params_of_bytes_round_trip(params):
         k.decode("utf-8", "surrogateescape"): v.decode("utf-8", "surrogateescape") for k, v in params.items()}
 
 
-@given(st.binary(max_size=400) | st.lists(st.sampled_from([b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"A", b"\x80\0\0"])).map(b"".join))
+@given(st.binary(max_size=400)
+       | st.lists(st.sampled_from([b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"A", b"\x80\0\0"])).map(b"".join))
 @example(b"\x80\0\0")
 @example(b"\1\x80\0\0")
 @example(b"\0\0\0")

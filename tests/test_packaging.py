@@ -95,7 +95,7 @@ def test_wheel_installs_and_imports_in_a_fresh_environment(wheel, tmp_path):
     # the dependencies are those of this environment; a .pth file puts them behind the wheel's own directory
     site, = (tmp_path / "env").glob("lib/python*/site-packages")
     (site / "deps.pth").write_text(get_path("purelib"))
-    code = "import fastcgi; from fastcgi import *; print(fastcgi.__version__, fastcgi.__file__)"
+    code = "import fastcgi as lib; from fastcgi import *; print(lib.__version__, lib.__file__)"
     version, file = run(python, "-W", "error", "-c", code, cwd=tmp_path).split()
     assert version == CFG["version"]
     assert Path(file).is_relative_to(site)

@@ -2,13 +2,14 @@
 
 Each request is answered when it is complete. Input pauses only where an id in use begins again, until its END_REQUEST.
 """
-import hashlib
+import hashlib  # noqa: I001 - in rows
 import json
+import struct
 from collections import Counter
 
 import pytest
-from helpers import (ABORT_REQUEST, AUTHORIZER, BEGIN_REQUEST, HERE, PARAMS, STDIN, Reader, Wire, environ_of, pieces, read_pairs, split, tell,
-                     vectors)
+from helpers import (ABORT_REQUEST, AUTHORIZER, BEGIN_REQUEST, HERE, PARAMS, STDIN, Reader, Wire, environ_of, pieces,
+                     read_pairs, split, tell, vectors)
 
 from fastcgi.errors import RemoteProtocolError
 
@@ -20,13 +21,16 @@ INVALID = json.loads((HERE / "vectors/invalid.json").read_text())
 def model(data: bytes) -> list[tuple[int, list, bytes]]:
     "Id, pairs and body of each request, in the order of their begins; read slowly, record by record."
     records, rest = split(data)
-    if rest: records.append((STDIN, *(int.from_bytes(rest[2:4], "big"), rest[8:8 + int.from_bytes(rest[4:6], "big")])))
-    requests, open_ = [], {}
+    if rest:  # the connection ended inside a record of STDIN
+        _, typ, request_id, _ = struct.unpack_from("!BBHH", rest)
+        records.append((typ, request_id, rest[8:]))
+    requests, by_id = [], {}
     for typ, request_id, content in records:
-        if typ == BEGIN_REQUEST: requests.append(open_.setdefault(request_id, [request_id, b"", b""]) if request_id not in open_ else
-                                                 open_.update({request_id: [request_id, b"", b""]}) or open_[request_id])
-        elif typ == PARAMS: open_[request_id][1] += content
-        elif typ == STDIN: open_[request_id][2] += content
+        if typ == BEGIN_REQUEST:
+            by_id[request_id] = [request_id, b"", b""]
+            requests.append(by_id[request_id])
+        elif typ == PARAMS: by_id[request_id][1] += content
+        elif typ == STDIN: by_id[request_id][2] += content
     return [(i, read_pairs(p), body) for i, p, body in requests]
 
 
@@ -35,7 +39,9 @@ def phases(data: bytes) -> list[bytes]:
     begun, starts, at = set(), [0], 0
     for typ, request_id, content in split(data)[0]:
         if typ == BEGIN_REQUEST:
-            if request_id in begun: starts.append(at); begun.clear()
+            if request_id in begun:
+                starts.append(at)
+                begun.clear()
             begun.add(request_id)
         at += 8 + len(content) + data[at + 6]
     return [data[i:j] for i, j in zip(starts, [*starts[1:], len(data)], strict=True)]
@@ -45,8 +51,9 @@ def cut(data: bytes, how: str | int):
     if how != "bytes" or len(data) < LARGE: return pieces(data, how)
     at, edges = 0, set()
     for _, _, content in split(data)[0]:
-        edges |= {*range(at, at + 17), *range(at + 8 + len(content) - 8, at + 8 + len(content) + 8)}
-        at += 8 + len(content) + data[at + 6]
+        end = at + 8 + len(content)
+        edges |= {*range(at, at + 17), *range(end - 8, end + 8)}
+        at = end + data[at + 6]
     ends = sorted({x for x in edges if 0 < x < len(data)} | {len(data)})
     return (data[i:j] for i, j in zip([0, *ends], ends, strict=False))
 
@@ -54,8 +61,7 @@ def cut(data: bytes, how: str | int):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("vector", vectors(), ids=str)
 def test_what_a_web_server_sent(vector, how):
-    wire, begun, answered = Wire({"FCGI_MPXS_CONNS": "1", "FCGI_MAX_REQS": "10"}), [], 0
-    bodies = {}
+    wire, begun, bodies = Wire({"FCGI_MPXS_CONNS": "1", "FCGI_MAX_REQS": "10"}), [], {}
     for phase in phases(vector.data):
         for piece in cut(phase, how):
             for event in wire.send(piece):
@@ -68,8 +74,7 @@ def test_what_a_web_server_sent(vector, how):
                     x.write(b"Status: 200\r\n\r\n%d" % len(begun))
                     x.end()
                 if type(event).__name__ == "AbortRequest": x.end()
-    for event in wire.connection.receive_eof():
-        event.exchange.end()
+    for event in wire.connection.receive_eof(): event.exchange.end()
     assert not wire.connection.exchanges and not wire.connection.error
 
     expected = model(vector.data)
@@ -80,8 +85,9 @@ def test_what_a_web_server_sent(vector, how):
         complete = about["complete"] or vector.role == AUTHORIZER or x.environ.get("CONTENT_LENGTH") == "0"
         assert (x.complete, x.aborted) == (complete, not complete)
         assert bodies.get(x) == (body if complete else None)
-    first = begun[0]
-    assert (first.role, first.keep_conn, first.environ.get("CONTENT_LENGTH")) == (vector.role, vector.keep_conn, vector.content_length)
+    x = begun[0]
+    assert (x.role, x.keep_conn) == (vector.role, vector.keep_conn)
+    assert x.environ.get("CONTENT_LENGTH") == vector.content_length
 
     wire.sent()
     ended = wire.reader.close()
@@ -93,13 +99,15 @@ def test_what_a_web_server_sent(vector, how):
 def test_vectors_are_what_their_index_says():
     items = vectors()
     assert len(items) == 393 and len({x.file for x in items}) == 393 and sum(len(x.data) for x in items) == 4_305_990
-    assert all(any(r["aborted"] for r in x.requests) == any(r.typ == ABORT_REQUEST for r in split(x.data)[0]) for x in items)
+    for x in items:
+        assert any(r["aborted"] for r in x.requests) == any(r.typ == ABORT_REQUEST for r in split(x.data)[0]), x
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", INVALID, ids=[x["case"] for x in INVALID])
 def test_what_no_web_server_should_send(case, how):
     wire = Wire()
-    with pytest.raises(RemoteProtocolError, match=case["error"]): wire.send(bytes.fromhex(case["hex"]), b"", how=how); wire.send(b"")
+    with pytest.raises(RemoteProtocolError, match=case["error"]):
+        wire.send(bytes.fromhex(case["hex"]), how=how)
     assert wire.connection.error and wire.connection.closing and tell(wire.events) == []
     Reader().feed(b"".join(wire.connection.data_to_send()))

@@ -1,7 +1,7 @@
-"""Spec 3.3, Records: the header, content of 0 to 65,535 bytes, padding of 0 to 255, and request ids that are in use or not."""
-import pytest
+"""Spec 3.3, Records: header, content of 0 to 65,535 bytes, padding of 0 to 255, request ids in use or not."""
+import pytest  # noqa: I001 - in rows
 from helpers import (ABORT_REQUEST, BEGIN_REQUEST, DATA, END_REQUEST, GET_VALUES_RESULT, PARAMS, STDERR, STDIN, STDOUT,
-                     UNKNOWN_TYPE, Wire, begin, params, rec, request, tell)
+                     UNKNOWN_TYPE, Wire, begin, params, rec, request, stream, tell)
 
 from fastcgi.errors import RemoteProtocolError
 
@@ -12,7 +12,8 @@ WHOLE = [("BeginRequest", 1), ("Stdin", 1), ("StdinEnd", 1)]
 @pytest.mark.parametrize("typ, request_id", [(BEGIN_REQUEST, 1), (STDIN, 9), (42, 0)])
 def test_version_that_is_not_1(version, typ, request_id):
     wire = Wire()
-    with pytest.raises(RemoteProtocolError, match=f"version {version}") as e: wire.send(rec(typ, bytes(8), request_id, version=version))
+    data = rec(typ, bytes(8), request_id, version=version)
+    with pytest.raises(RemoteProtocolError, match=f"version {version}") as e: wire.send(data)
     assert (e.value.record_type, e.value.request_id) == (typ, request_id)
     assert wire.connection.error is e.value and wire.connection.closing
     with pytest.raises(RemoteProtocolError): wire.send(request())
@@ -28,8 +29,9 @@ def test_wrong_version_after_a_request_is_raised_behind_its_events():
 @pytest.mark.parametrize("padding", range(256))
 def test_padding_of_any_size_is_skipped(padding):
     wire = Wire()
+    how = "bytes" if padding % 51 == 0 else padding
     events = wire.send(begin(), rec(PARAMS, b"\1\1AB", padding=padding), rec(PARAMS, padding=padding),
-                       rec(STDIN, b"body", padding=padding), rec(STDIN, padding=padding), how="bytes" if padding % 51 == 0 else padding)
+                       rec(STDIN, b"body", padding=padding), rec(STDIN, padding=padding), how=how)
     exchange = events[0].exchange
     assert tell(events) == WHOLE and exchange.environ == {"A": "B"} and exchange.stdin.take() == b"body"
 
@@ -37,8 +39,8 @@ def test_padding_of_any_size_is_skipped(padding):
 @pytest.mark.parametrize("padding", [0, 255])
 def test_padding_of_records_that_are_skipped_or_answered(padding):
     wire = Wire()
-    noise = [rec(42, b"x" * 300, padding=padding), rec(STDIN, b"x" * 300, 5, padding), rec(GET_VALUES_RESULT, b"x", 0, padding),
-             rec(BEGIN_REQUEST, b"\0\0\1" + bytes(5), 7, padding)]
+    noise = [rec(42, b"x" * 300, padding=padding), rec(STDIN, b"x" * 300, 5, padding),
+             rec(GET_VALUES_RESULT, b"x", 0, padding), rec(BEGIN_REQUEST, b"\0\0\1" + bytes(5), 7, padding)]
     events = wire.send(*noise, request(b"body"), *noise, how="bytes")
     assert [x for x in tell(events) if x[1] == 1] == WHOLE
 
@@ -90,7 +92,8 @@ def test_record_of_an_id_that_is_not_in_use_is_ignored(typ, content):
 @pytest.mark.parametrize("content", [b"", b"x" * 100])
 def test_record_that_no_web_server_sends_for_an_id_in_use_is_ignored(typ, content):
     wire, noise = Wire(), rec(typ, content)
-    events = wire.send(begin(), noise, rec(PARAMS, b"\1\1AB"), noise, rec(PARAMS), noise, rec(STDIN, b"body"), noise, rec(STDIN), noise)
+    records = begin(), rec(PARAMS, b"\1\1AB"), rec(PARAMS), rec(STDIN, b"body"), rec(STDIN)
+    events = wire.send(*(x + noise for x in records))
     assert tell(events) == WHOLE and events[0].exchange.stdin.take() == b"body"
 
 
@@ -129,8 +132,8 @@ def test_id_of_an_early_answer_is_in_use_until_its_end_request():
 def test_ids_used_one_after_another(ids):
     wire = Wire()
     for n, request_id in enumerate(ids):
-        exchange = wire.open(rec(STDIN, str(n).encode(), request_id), rec(STDIN, b"", request_id), request_id=request_id, keep=True,
-                             N=str(n))
+        stdin = stream(STDIN, str(n).encode(), request_id)
+        exchange = wire.open(stdin, request_id=request_id, keep=True, N=str(n))
         assert exchange.environ == {"N": str(n)} and exchange.stdin.take() == str(n).encode()
         exchange.write(b"Status: 200\r\n\r\n%d" % n)
         exchange.end(n)
@@ -142,16 +145,16 @@ def test_ids_used_one_after_another(ids):
 def test_late_records_of_an_ended_request_do_not_reach_the_next_with_its_id():
     wire = Wire()
     wire.open(rec(STDIN, b"old"), role=2, keep=True).end()
-    events = wire.send(rec(STDIN, b"old"), rec(STDIN), rec(DATA, b"old"), rec(ABORT_REQUEST), request(b"new", keep=True))
+    late = rec(STDIN, b"old"), rec(STDIN), rec(DATA, b"old"), rec(ABORT_REQUEST)
+    events = wire.send(*late, request(b"new", keep=True))
     assert tell(events) == WHOLE and events[0].exchange.stdin.take() == b"new"
 
 
 def test_interleaved_ids_do_not_mix():
     wire, ids = Wire(), (1, 2, 300, 65535)
-    for step in (lambda i: begin(i, keep=True), lambda i: rec(PARAMS, b"\1\5", i), lambda i: rec(PARAMS, b"N%05d" % i, i),
-                 lambda i: rec(PARAMS, b"", i), lambda i: rec(STDIN, b"a%d" % i, i), lambda i: rec(STDIN, b"b%d" % i, i),
-                 lambda i: rec(STDIN, b"", i)):
-        wire.send(*map(step, ids), how=7)
+    steps = zip(*([begin(i, keep=True), rec(PARAMS, b"\1\5", i), rec(PARAMS, b"N%05d" % i, i), rec(PARAMS, b"", i),
+                   rec(STDIN, b"a%d" % i, i), rec(STDIN, b"b%d" % i, i), rec(STDIN, b"", i)] for i in ids), strict=True)
+    for records in steps: wire.send(*records, how=7)
     exchanges = dict(wire.connection.exchanges)
     assert list(exchanges) == list(ids)
     for i, x in exchanges.items():
@@ -159,4 +162,5 @@ def test_interleaved_ids_do_not_mix():
         x.write(b"X: 1\n\n%d" % i)
         x.flush()
     for x in reversed(exchanges.values()): x.end(x.id)
-    assert [(x.id, bytes(x.stdout), x.app_status) for x in wire.answers()] == [(i, b"X: 1\n\n%d" % i, i) for i in reversed(ids)]
+    answers = [(x.id, bytes(x.stdout), x.app_status) for x in wire.answers()]
+    assert answers == [(i, b"X: 1\n\n%d" % i, i) for i in reversed(ids)]

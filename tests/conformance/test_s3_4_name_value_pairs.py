@@ -4,8 +4,8 @@ from helpers import ENVIRON, PARAMS, Wire, begin, environ_of, pair, rec
 
 from fastcgi.errors import RemoteProtocolError
 
-PAIRS = [(b"A", b""), (b"", b"B"), (b"N" * 127, b"v" * 128), (b"N" * 128, b"v" * 127), (b"HTTP_COOKIE", b"a=1"), (b"BIN", b"\xff\0\n"),
-         (b"HTTP_COOKIE", b"b=2"), (b"A", b"again")]
+PAIRS = [(b"A", b""), (b"", b"B"), (b"N" * 127, b"v" * 128), (b"N" * 128, b"v" * 127), (b"HTTP_COOKIE", b"a=1"),
+         (b"BIN", b"\xff\0\n"), (b"HTTP_COOKIE", b"b=2"), (b"A", b"again")]
 DATA = b"".join(pair(*x) for x in PAIRS)
 
 
@@ -51,6 +51,7 @@ def test_params_that_end_inside_a_pair(n):
         with pytest.raises(RemoteProtocolError): environ(rec(PARAMS, DATA[:n]))
 
 
-@pytest.mark.parametrize("lens", ["ffffffff ffffffff", "ffffffff 00", "00 ffffffff", "80000001 ffffffff", "fffffffe 80000004"])
+@pytest.mark.parametrize("lens", [
+    "ffffffff ffffffff", "ffffffff 00", "00 ffffffff", "80000001 ffffffff", "fffffffe 80000004"])
 def test_lengths_far_beyond_the_stream(lens):
     with pytest.raises(RemoteProtocolError): environ(rec(PARAMS, bytes.fromhex(lens) + b"ABCD"))

@@ -1,6 +1,7 @@
 """Spec 4.1, FCGI_GET_VALUES: asked names that are known are answered in one FCGI_GET_VALUES_RESULT, others left out."""
-import pytest
-from helpers import GET_VALUES, GET_VALUES_RESULT, PARAMS, STDIN, Record, Wire, begin, pair, params, read_pairs, rec, request, tell
+import pytest  # noqa: I001 - in rows
+from helpers import (GET_VALUES, GET_VALUES_RESULT, PARAMS, STDIN, Record, Wire, begin, pair, params, read_pairs, rec,
+                     request, stream, tell)
 
 from fastcgi.errors import RemoteProtocolError
 
@@ -26,7 +27,8 @@ def test_answer_by_hand():
 
 
 @pytest.mark.parametrize("names, known", [
-    ([], []), (["FCGI_MAX_REQS"], ["FCGI_MAX_REQS"]), (VALUES, VALUES), (["FCGI_MAX_REQS", "X", "", "fcgi_max_conns"], ["FCGI_MAX_REQS"]),
+    ([], []), (["FCGI_MAX_REQS"], ["FCGI_MAX_REQS"]), (VALUES, VALUES),
+    (["FCGI_MAX_REQS", "X", "", "fcgi_max_conns"], ["FCGI_MAX_REQS"]),
     (["UNKNOWN"], []), (["FCGI_MAX_REQS"] * 3, ["FCGI_MAX_REQS"]), ([b"\xff\0", "N" * 300], [])])
 def test_known_names_are_answered(names, known):
     wire = Wire(values=VALUES)
@@ -52,8 +54,8 @@ def test_value_in_the_question_is_ignored():
 
 def test_at_any_time():
     wire = Wire(values=VALUES)
-    for records in ([], [begin(keep=True)], [rec(PARAMS, b"\1\1")], [rec(PARAMS, b"AB"), rec(PARAMS)], [rec(STDIN, b"x")], [rec(STDIN)]):
-        wire.send(*records, ask("FCGI_MAX_REQS"))
+    for record in (b"", begin(keep=True), rec(PARAMS, b"\1\1"), rec(PARAMS, b"AB"), rec(PARAMS), stream(STDIN, b"x")):
+        wire.send(record, ask("FCGI_MAX_REQS"))
         assert results(wire) == [{b"FCGI_MAX_REQS": b"20"}]
     exchange = wire.connection.exchanges[1]
     assert tell(wire.events) == [("BeginRequest", 1), ("Stdin", 1), ("StdinEnd", 1)]

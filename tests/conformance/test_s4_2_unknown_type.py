@@ -21,7 +21,8 @@ def test_answer_by_hand():
 @pytest.mark.parametrize("how", ["whole", 1])
 def test_content_is_skipped(size, how):
     wire = Wire()
-    events = wire.send(rec(42, b"\1" * size, 0, 7), begin(), rec(43, b"\1" * size, 0), params({}), rec(44, b"\1" * size, 0), how=how)
+    unknown = [rec(typ, b"\1" * size, 0, 7) for typ in (42, 43, 44)]
+    events = wire.send(unknown[0], begin(), unknown[1], params({}), unknown[2], how=how)
     assert tell(events) == [("BeginRequest", 1)]
     assert [x.content[0] for x in wire.sent()] == [42, 43, 44]
 

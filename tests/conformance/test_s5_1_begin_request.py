@@ -1,7 +1,7 @@
 """Spec 5.1, FCGI_BEGIN_REQUEST: role and FCGI_KEEP_CONN, in 8 bytes; a request may be refused here (5.5)."""
-import pytest
-from helpers import (AUTHORIZER, BEGIN_REQUEST, DATA, FILTER, OVERLOADED, PARAMS, RESPONDER, STDIN, UNKNOWN_ROLE, Wire, begin,
-                     params, rec, request, tell)
+import pytest  # noqa: I001 - in rows
+from helpers import (AUTHORIZER, BEGIN_REQUEST, DATA, FILTER, OVERLOADED, PARAMS, RESPONDER, STDIN, UNKNOWN_ROLE, Wire,
+                     begin, params, rec, request, tell)
 
 from fastcgi.errors import RemoteProtocolError
 

@@ -1,6 +1,7 @@
 """Spec 5.2, FCGI_PARAMS: a stream of name-value pairs; once it has ended the request may be answered."""
-import pytest
-from helpers import AUTHORIZER, OVERLOADED, PARAMS, REQUEST_COMPLETE, STDIN, Wire, begin, environ_of, pair, params, rec, request, tell
+import pytest  # noqa: I001 - in rows
+from helpers import (AUTHORIZER, OVERLOADED, PARAMS, REQUEST_COMPLETE, STDIN, Wire, begin, environ_of, pair, params,
+                     rec, stream, tell)
 
 from fastcgi.errors import RemoteProtocolError
 
@@ -20,13 +21,15 @@ def test_stream_without_any_pair():
 def test_records_behind_the_end_are_skipped():
     wire = Wire()
     exchange = wire.open(A="1")
-    assert wire.send(rec(PARAMS, pair("A", "2")), rec(PARAMS), rec(PARAMS, b"\5")) == [] and exchange.environ == {"A": "1"}
+    assert wire.send(rec(PARAMS, pair("A", "2")), rec(PARAMS), rec(PARAMS, b"\5")) == []
+    assert exchange.environ == {"A": "1"}
 
 
 def test_pairs_of_interleaved_requests():
     wire = Wire()
     wire.send(begin(1), begin(2))
-    for i in range(100): wire.send(rec(PARAMS, pair("A", "1")[i % 4:i % 4 + 1], 1), rec(PARAMS, pair("B", "22")[i % 5:i % 5 + 1], 2))
+    for a, b in zip(b"\1\1A1" * 5, b"\1\2B22" * 4, strict=True):
+        wire.send(rec(PARAMS, bytes([a])), rec(PARAMS, bytes([b]), 2))
     one, two = wire.send(rec(PARAMS, b"", 2), rec(PARAMS))
     assert (one.exchange.id, one.exchange.environ) == (2, {"B": "22"}) and two.exchange.environ == {"A": "1"}
 
@@ -38,7 +41,8 @@ def test_nothing_of_a_request_is_in_the_next():
 
 
 def test_repeated_and_empty_names():
-    pairs = [(b"HTTP_COOKIE", b"a"), (b"", b"x"), (b"HTTP_X", b"1"), (b"A", b"1"), (b"HTTP_COOKIE", b"b"), (b"HTTP_X", b"2"), (b"A", b"2")]
+    pairs = [(b"HTTP_COOKIE", b"a"), (b"", b"x"), (b"HTTP_X", b"1"), (b"A", b"1"),
+             (b"HTTP_COOKIE", b"b"), (b"HTTP_X", b"2"), (b"A", b"2")]
     event, = Wire().send(begin(), rec(PARAMS, b"".join(pair(*x) for x in pairs)), rec(PARAMS))
     assert event.exchange.environ == environ_of(pairs) == {"HTTP_COOKIE": "a; b", "": "x", "HTTP_X": "1, 2", "A": "2"}
 
@@ -59,7 +63,7 @@ def test_max_params(size, more, ok, keep):
     wire = Wire(max_params=limit)
     data = pair("A", "v" * (limit + more - 6))
     assert len(data) == limit + more
-    events = wire.send(begin(keep=keep), *(rec(PARAMS, data[i:i + size]) for i in range(0, len(data), size)), rec(PARAMS), rec(STDIN, b"x"), rec(STDIN))
+    events = wire.send(begin(keep=keep), stream(PARAMS, data, size=size), stream(STDIN, b"x"))
     if ok: assert tell(events) == [("BeginRequest", 1), ("Stdin", 1), ("StdinEnd", 1)]
     else:
         assert tell(events) == [("Refused", 1)] and "max_params" in events[0].reason
@@ -101,7 +105,7 @@ def test_authorizer_with_too_many_params_is_answered_at_once():
 def test_refused_request_touches_no_other():
     wire = Wire(max_params=100)
     exchange = wire.open(keep=True)
-    wire.send(begin(2, keep=True), rec(PARAMS, b"x" * 101, 2), rec(STDIN, b"a"), rec(STDIN, b"x", 2), rec(STDIN, b"", 2), rec(STDIN))
+    wire.send(begin(2, keep=True), rec(PARAMS, b"x" * 101, 2), rec(STDIN, b"a"), stream(STDIN, b"x", 2), rec(STDIN))
     assert exchange.stdin.take() == b"a" and exchange.complete and wire.answer().id == 2
 
 
@@ -124,7 +128,9 @@ def test_max_buffer_of_one_request(n, ok, how):
 
 def test_max_buffer_of_all_requests_together():
     wire = Wire(max_buffer=1000)
-    for i in range(1, 11): assert not any(x[0] == "Refused" for x in tell(wire.send(begin(i, keep=True), rec(PARAMS, b"", i), rec(STDIN, b"x" * 100, i))))
+    for i in range(1, 11):
+        events = wire.send(begin(i, keep=True), rec(PARAMS, b"", i), rec(STDIN, b"x" * 100, i))
+        assert tell(events) == [("BeginRequest", i), ("Stdin", i)]
     assert ("Refused", 3) in tell(wire.send(rec(STDIN, b"x", 3)))
     assert len(wire.connection.exchanges) == 10
 

@@ -59,9 +59,18 @@ def test_output_is_one_record_until_it_is_flushed():
     wire = Wire()
     exchange = wire.open(rec(STDIN))
     for x in (b"Status: 200\r\n", b"\r\n", b"a", b"b"): exchange.write(x)
-    assert not wire.sent() and not wire.connection.pending
+    assert not wire.sent() and not wire.connection.output
     exchange.end()
     assert wire.sent() == [Record(STDOUT, 1, HEAD + b"ab"), Record(STDOUT, 1, b""), Record(END_REQUEST, 1, bytes(8))]
+
+
+def test_output_of_exactly_a_record_is_one():
+    wire = Wire()
+    exchange = wire.open(rec(STDIN))
+    for data in (HEAD, b"x" * (65535 - len(HEAD))): exchange.write(data)
+    assert not wire.sent()
+    exchange.end()
+    assert [len(x.content) for x in wire.sent()] == [65535, 0, 8]
 
 
 @pytest.mark.parametrize("size", [65534, 65535, 65536, 131070, 131071, 300_000])
@@ -191,8 +200,8 @@ def test_stderr_leaves_with_stdout_and_is_ended():
     exchange.write(HEAD)
     exchange.write_err(b"two")
     exchange.end()
-    assert wire.sent() == [Record(STDERR, 1, b"one two"), Record(STDERR, 1, b""), Record(STDOUT, 1, HEAD), Record(STDOUT, 1, b""),
-                           Record(END_REQUEST, 1, bytes(8))]
+    assert wire.sent() == [Record(STDERR, 1, b"one two"), Record(STDERR, 1, b""),
+                           Record(STDOUT, 1, HEAD), Record(STDOUT, 1, b""), Record(END_REQUEST, 1, bytes(8))]
 
 
 def test_stderr_is_not_flushed_before_the_header_block():

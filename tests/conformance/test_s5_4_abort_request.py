@@ -1,6 +1,7 @@
 """Spec 5.4, FCGI_ABORT_REQUEST: answered with FCGI_END_REQUEST as soon as possible, whatever the request's state."""
-import pytest
-from helpers import ABORT_REQUEST, FILTER, PARAMS, REQUEST_COMPLETE, STDERR, STDIN, STDOUT, Wire, begin, pair, params, rec, request, tell
+import pytest  # noqa: I001 - in rows
+from helpers import (ABORT_REQUEST, FILTER, PARAMS, REQUEST_COMPLETE, STDERR, STDIN, STDOUT, Wire, begin, pair, params,
+                     rec, request, tell)
 
 from fastcgi.errors import ConnectionLost, RequestAborted
 
@@ -113,8 +114,8 @@ def test_twice():
 def test_with_content_and_padding():
     wire = Wire()
     exchange = wire.open(keep=True)
-    assert tell(wire.send(rec(ABORT_REQUEST, b"x" * 300, padding=9), rec(STDIN, b"y"), how="bytes"))[0] == ("AbortRequest", 1)
-    assert exchange.aborted
+    events = wire.send(rec(ABORT_REQUEST, b"x" * 300, padding=9), rec(STDIN, b"y"), how="bytes")
+    assert tell(events)[0] == ("AbortRequest", 1) and exchange.aborted
 
 
 def test_touches_no_other_request():

@@ -6,8 +6,8 @@ from fastcgi.core import Status
 from fastcgi.errors import LimitExceeded, RemoteProtocolError
 
 
-@pytest.mark.parametrize("status, wire_status", [(0, 0), (1, 1), (255, 255), (256, 256), (0xFFFFFFFF, 0xFFFFFFFF), (-1, 0xFFFFFFFF),
-                                                 (1 << 40 | 5, 5), (True, 1)])
+@pytest.mark.parametrize("status, wire_status", [
+    (0, 0), (1, 1), (255, 255), (256, 256), (0xFFFFFFFF, 0xFFFFFFFF), (-1, 0xFFFFFFFF), (1 << 40 | 5, 5), (True, 1)])
 def test_application_status_of_32_bits(status, wire_status):
     wire = Wire()
     wire.open(rec(STDIN)).end(status)

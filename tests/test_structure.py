@@ -1,0 +1,101 @@
+"""The rooms of the library: what each module may import of ours, and what the package shows to the world."""
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastcgi
+
+PACKAGE = Path(fastcgi.__file__).parent
+ROOMS = {  # module: what it may import of ours; nothing points back
+    "errors": "",
+    "core": "errors",
+    "connection": "core errors",
+    "streams": "connection core errors",
+    "request": "connection core",
+    "handler": "connection core errors request streams",
+    "response": "",
+    "http_input": "",
+    "http": "http_input",
+    "sockets": "errors",
+    "prefork": "sockets",
+    "server": "prefork",
+    "cgi": "handler",
+    "decorator": "cgi prefork sockets",
+    "aio": "connection core errors request sockets",
+    "client": "connection core errors sockets",
+    "aioclient": "client connection core errors sockets",
+    "frontend": "client core errors http response sockets",
+    "cli": "client core errors frontend handler http prefork server sockets",
+    "__main__": "cli",
+    "__init__": "core decorator errors handler prefork sockets",
+}
+
+
+def imports(path: Path) -> set[str]:
+    "Modules of ours that `path` imports when it is loaded, or while it runs; not what only type checkers read."
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING": node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {o.name for o in node.names}
+        assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastcgi") and not node.level)
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda o: o.stem)
+def test_a_module_imports_what_its_room_may(path):
+    assert imports(path) <= set(ROOMS[path.stem].split())
+
+
+def test_the_table_has_no_circle():
+    seen: set[str] = set()
+    while later := {k for k in ROOMS if k not in seen}:
+        ready = {k for k in later if set(ROOMS[k].split()) & later == set()}
+        assert ready, f"in a circle: {later}"
+        seen |= ready
+
+
+@pytest.mark.parametrize("name", ["core", "connection", "errors", "response"])
+def test_the_core_does_no_io(name):
+    roots = {o.partition(".")[0] for node in ast.walk(ast.parse((PACKAGE/f"{name}.py").read_text()))
+             for o in ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                       [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])}
+    assert roots.isdisjoint({"socket", "select", "selectors", "time", "threading", "logging", "asyncio", "os"})
+
+
+def test_star_import_gives_exactly_all():
+    here: dict[str, object] = {}
+    exec("from fastcgi import *", here)
+    assert set(here) - {"__builtins__"} == set(fastcgi.__all__)
+    assert len(set(fastcgi.__all__)) == len(fastcgi.__all__)
+
+
+@pytest.mark.parametrize("path", [o for o in sorted(PACKAGE.glob("*.py")) if not o.stem.startswith("__")],
+                         ids=lambda o: o.stem)
+def test_all_is_a_tuple_of_what_is_defined_there(path):
+    module = importlib.import_module(f"fastcgi.{path.stem}")
+    assert isinstance(module.__all__, tuple) and module.__doc__
+    assert all(hasattr(module, o) for o in module.__all__)
+
+
+def test_what_is_public_has_a_docstring():
+    missing = [o for o in fastcgi.__all__ if not (getattr(fastcgi, o).__doc__ or "").strip()]
+    assert not missing
+
+
+def test_asyncio_is_loaded_when_it_is_needed():
+    code = "import sys, fastcgi; print('asyncio' in sys.modules, fastcgi.AsyncFcgiHandler and 'asyncio' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30, capture_output=True)
+    assert done.stdout.split() == [b"False", b"True"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=re.escape("module 'fastcgi' has no attribute 'nothing'")):
+        _ = fastcgi.nothing
