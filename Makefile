@@ -30,7 +30,8 @@ demo: $(READY) ## run examples/hello.py behind the built-in front end
 
 demo-caddy: $(READY) ## run examples/hello.py behind Caddy, as in Caddyfile.example
 	@command -v caddy >/dev/null || { echo "Caddy is not installed; \`make demo\` needs nothing else." >&2; exit 1; }
-	@$(BIN)/python examples/hello.py & app=$$!; trap 'kill $$app' EXIT; \
+	@echo "Caddy serves it at the address that Caddyfile.example begins with; Ctrl-C ends both."
+	@$(BIN)/python examples/hello.py & app=$$!; trap 'kill $$app' EXIT; trap exit INT TERM; \
 	 caddy run --adapter caddyfile --config Caddyfile.example
 
 clean: ## remove what the other targets made

@@ -7,12 +7,17 @@ Requests run as tasks, those that a web server interleaves on one connection too
 from __future__ import annotations
 
 import asyncio
+import errno
+import inspect
 import logging
+import os
+import math
 import select
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import Any
@@ -21,7 +26,7 @@ from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange,
 from .core import Bytes, Request
 from .errors import RemoteProtocolError, RequestAborted
 from .request import FcgiRequest, crlf, write_log
-from .sockets import allowed_peers, listen, peer_allowed, remove
+from .sockets import allowed_peers, listen, parse_address, peer_allowed, remove
 
 __all__ = ("AsyncFcgiHandler", "AsyncFcgiServer")
 
@@ -30,6 +35,9 @@ log = logging.getLogger("fastcgi.aio")
 HIGH = 1 << 16  # bytes of a request's unread input at which its connection is no longer read, if it carries no other
 SLICE = 1 << 18  # bytes of one `write` that are handed to the transport at a time
 SWEEP = 1.0  # seconds between looks for connections whose time is up
+CLEANUP = 5.0  # seconds that cancelled requests have to end in `shutdown`
+PAUSE = 0.1  # seconds without accepting when descriptors have run out
+_RDHUP = getattr(select, "POLLRDHUP", 0)
 
 
 class AsyncFcgiHandler(FcgiRequest):
@@ -94,6 +102,7 @@ class AsyncFcgiHandler(FcgiRequest):
         if type(data) is not bytes: data = bytes(memoryview(data))  # the transport may keep it
         exchange, session = self._exchange, self._session
         for i in range(0, len(data), SLICE):
+            if session.writable: await session.drain()  # others on this connection have filled it
             self._check()
             exchange.write(data if len(data) <= SLICE else memoryview(data)[i:i + SLICE])
             if session.connection.output: await session.send_and_drain()
@@ -158,10 +167,12 @@ class AsyncFcgiHandler(FcgiRequest):
         except BaseException as e:
             self._failed(e)
             raise
-        finally:
-            self._check_answer()
-            exchange.end(self.app_status)
-            self._session.ended(exchange)
+        finally: self._end()
+
+    def _end(self) -> None:
+        self._check_answer()
+        self._exchange.end(self.app_status)
+        self._session.ended(self._exchange)
 
     def _check(self) -> None:
         if self._exchange.aborted: raise RequestAborted("the web server has given up the request")
@@ -172,8 +183,9 @@ class AsyncFcgiHandler(FcgiRequest):
             if stream.ended: return False
             self._check()
             if self._waiter: raise RuntimeError("another task reads this request already")
-            self._waiter = self._session.loop.create_future()
-            self._session.control_flow()
+            session = self._session
+            self._waiter, session.last = session.loop.create_future(), session.loop.time()
+            session.control_flow()
             try: await self._waiter
             finally: self._waiter = None
         return True
@@ -246,18 +258,19 @@ class AsyncOutput:
 class _Session(asyncio.Protocol):
     "One connection: what arrives goes to the engine, its events to tasks, what it has to send to the transport."
     __slots__ = ("server", "loop", "connection", "transport", "running", "last", "reading", "writable", "unsent",
-                 "lingering", "peer")
+                 "lingering", "until", "peer")
     transport: asyncio.Transport
 
     def __init__(self, server: AsyncFcgiServer) -> None:
         self.server, self.loop = server, server.get_loop()
         self.connection = Connection(server.handler, server.values)
         self.running: dict[Exchange, tuple[AsyncFcgiHandler, asyncio.Task[None] | None]] = {}
-        self.last = self.loop.time()  # when something arrived or was ended
+        self.last = self.loop.time()  # when something arrived, left, was waited for or was ended
         self.reading = True
         self.writable: asyncio.Event | None = None  # while the transport takes no more
         self.unsent = 0  # bytes that it held at the last look
         self.lingering = -1  # bytes that may still be thrown away after our answer, once we wait for the peer to close
+        self.until = 0.0  # when that is given up
         self.peer: Any = ""
 
     # What the transport calls
@@ -314,7 +327,7 @@ class _Session(asyncio.Protocol):
                 log.warning("request refused request_id=%d peer=%r: %s", event.request_id, self.peer, event.reason)
             elif (running := self.running.get(event.exchange)) is not None:  # type: ignore[union-attr]
                 handler, task = running
-                if type(event) is AbortRequest and task: task.cancel()
+                if type(event) is AbortRequest and task: self.cancel(handler, task)
                 handler._wake()
 
     def _start(self, exchange: Exchange) -> None:
@@ -326,7 +339,12 @@ class _Session(asyncio.Protocol):
         self.running[exchange] = handler, None
         task = _task(handler._answer(), self.loop)
         if exchange in self.running: self.running[exchange] = handler, task
-        if exchange.aborted: task.cancel()
+        if exchange.aborted: self.cancel(handler, task)
+
+    def cancel(self, handler: AsyncFcgiHandler, task: asyncio.Task[None]) -> None:
+        "Cancel a request. A task that has not begun never will, and cannot end what it is there for: we do."
+        task.cancel()
+        if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED: handler._end()  # type: ignore[arg-type]
 
     def ended(self, exchange: Exchange) -> None:
         "The answer of `exchange` is complete."
@@ -345,7 +363,11 @@ class _Session(asyncio.Protocol):
 
     async def send_and_drain(self) -> None:
         if self.connection.output: self.send()
-        if self.writable: await self.writable.wait()
+        await self.drain()
+
+    async def drain(self) -> None:
+        "Wait until the transport takes more. Of many that wait, whoever fills it first leaves the others waiting."
+        while self.writable: await self.writable.wait()
 
     def control_flow(self) -> None:
         """Read the socket, or do not: what handlers leave unread waits there.
@@ -368,7 +390,9 @@ class _Session(asyncio.Protocol):
         else:
             self.lingering = self.server.handler.drain
             self.last = self.loop.time()
+            self.until = self.last + (self.server.handler.timeout or math.inf)
             if not self.reading: self.transport.resume_reading()
+            self.reading = True
             self.transport.write_eof()
 
     def stop(self) -> None:
@@ -377,23 +401,30 @@ class _Session(asyncio.Protocol):
         if not self.connection.exchanges: self._close()
 
     def sweep(self, now: float) -> None:
-        "Give up a peer that does not do its part in time."
-        handler, connection, silent = self.server.handler, self.connection, now - self.last
-        if self.writable:
-            unsent = self.transport.get_write_buffer_size()
-            if unsent != self.unsent: self.unsent, self.last = unsent, now
-            why = "nothing was read"
+        "Give up a peer that does not do its part in time, or has left while we do not read."
+        handler, connection = self.server.handler, self.connection
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self.unsent: self.unsent, self.last = unsent, now
+        limit = handler.timeout
+        if not self.reading and _gone(self.transport): limit, why = 0, "it was closed"
+        elif unsent: why = "nothing was read"
         elif self.lingering >= 0: why = "it did not close"
-        elif not connection.exchanges:
-            if handler.idle_timeout is not None and silent > handler.idle_timeout: self.transport.close()
-            return
+        elif not connection.exchanges: limit, why = handler.idle_timeout, ""
         elif any(h._waiter for h, _ in self.running.values()) or len(connection.exchanges) > len(self.running):
             why = "nothing was sent"
         else: return  # it is our turn
-        if handler.timeout is None or silent <= handler.timeout: return
-        log.warning("connection closed after %s s: %s by peer=%r", handler.timeout, why, self.peer)
+        if limit is None or now - self.last < limit: return
+        if why: log.warning("connection closed after %.0f s: %s by peer=%r", now - self.last, why, self.peer)
         self._handle(connection.send_failed())
         self.transport.abort()
+
+
+def _gone(transport: asyncio.Transport) -> bool:
+    "Whether the peer has closed its side of a connection that is not read, where the system tells that."
+    poll, sock = select.poll(), transport.get_extra_info("socket")
+    if sock.fileno() < 0: return True
+    poll.register(sock.fileno(), _RDHUP)
+    return bool(poll.poll(0))
 
 
 def _task(coro: Any, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
@@ -419,9 +450,11 @@ class AsyncFcgiServer:
         **options: Any,  # `mode`, `group`, ... as in `listen`
     ) -> None:
         "Raises `AddressError` with one clear line where there is no such address."
-        self.handler, self.graceful_timeout = handler, graceful_timeout
-        self.socket = listen(sys.stdin.fileno() if sock is None else sock, **options)
-        self.allowed = allowed_peers(web_server_addrs)
+        if web_server_addrs is None: web_server_addrs = os.environ.get("FCGI_WEB_SERVER_ADDRS")
+        self.handler, self.graceful_timeout, self.allowed = handler, graceful_timeout, allowed_peers(web_server_addrs)
+        address = sys.stdin.fileno() if sock is None else sock
+        self.socket = listen(address, **options)
+        self._inherited = parse_address(address).kind not in ("unix", "tcp")
         self.sessions: set[_Session] = set()
         self.stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -444,7 +477,7 @@ class AsyncFcgiServer:
         if self._server: return
         self._loop = loop = asyncio.get_running_loop()
         self._stopped, self._empty = asyncio.Event(), asyncio.Event()
-        if self.socket.gettimeout() is None and _inherited(self.socket): self._server = _BlockingAcceptor(self)
+        if self._inherited and self.socket.gettimeout() is None: self._server = _BlockingAcceptor(self)
         elif self.socket.family == socket.AF_UNIX:
             options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) and isinstance(
                 loop, asyncio.BaseEventLoop) else {}
@@ -479,10 +512,13 @@ class AsyncFcgiServer:
         if not wait: return
         self.check_done()
         with suppress(asyncio.TimeoutError): await asyncio.wait_for(self._empty.wait(), self.graceful_timeout)
+        tasks = []
         for session in list(self.sessions):
-            for _, task in list(session.running.values()):
-                if task: task.cancel()
-        for _ in range(2): await asyncio.sleep(0)  # let them go
+            for handler, task in list(session.running.values()):
+                if task:
+                    session.cancel(handler, task)
+                    tasks.append(task)
+        if tasks: await asyncio.wait(tasks, timeout=CLEANUP)
         for session in list(self.sessions): session.transport.abort()
         if self._sweeper: self._sweeper.cancel()
 
@@ -504,11 +540,6 @@ class AsyncFcgiServer:
         self._sweeper = loop.call_later(SWEEP, self._sweep)
 
 
-def _inherited(sock: socket.socket) -> bool:
-    from .sockets import UnixListener
-    return not isinstance(sock, UnixListener)
-
-
 class _BlockingAcceptor:
     """Accepts in a thread, from a socket that blocks and is not ours to change: sibling processes share that.
 
@@ -521,10 +552,28 @@ class _BlockingAcceptor:
         threading.Thread(target=self._run, name="fastcgi-accept", daemon=True).start()
 
     def _run(self) -> None:
-        ours, listener, loop = self.ends[1], self.server.socket, self.loop
-        with ours, suppress(OSError, RuntimeError):  # the loop is gone
-            while ours not in (ready := select.select([listener, ours], [], [])[0]) and ready:
-                conn, _ = listener.accept()
-                asyncio.run_coroutine_threadsafe(loop.connect_accepted_socket(self.server._session, conn), loop)
+        listener, stop = self.server.socket, self.ends[1]
+        poll = select.poll()
+        for o in listener, stop: poll.register(o, select.POLLIN)
+        with stop:
+            while stop.fileno() not in dict(poll.poll()):
+                try: conn, _ = listener.accept()
+                except OSError as e:
+                    if self.server.stopping: return
+                    log.error("cannot accept: %s", e.strerror)
+                    if e.errno != errno.ECONNABORTED: time.sleep(PAUSE)
+                else:
+                    try: self.loop.call_soon_threadsafe(self._take, conn)
+                    except RuntimeError: return conn.close()  # the loop is gone
+
+    def _take(self, conn: socket.socket) -> None:
+        if self.server.stopping: conn.close()
+        else: self.loop.create_task(self._connect(conn))
+
+    async def _connect(self, conn: socket.socket) -> None:
+        try: await self.loop.connect_accepted_socket(self.server._session, conn)
+        except OSError as e:
+            log.debug("connection lost as it was accepted: %s", e)
+            conn.close()
 
     def close(self) -> None: self.ends[0].close()

@@ -194,7 +194,7 @@ class Exchange:
     """
     __slots__ = ("connection", "id", "role", "keep_conn", "environ", "stdin", "data", "aborted", "started", "ended",
                  "answered", "_params", "_stdout", "_stderr", "_head_done", "_scanned", "_err_used", "_mute", "_status",
-                 "_held", "_drained")
+                 "_held", "_drained", "_assumed")
 
     def __init__(self, connection: Connection, request_id: int, role: int, keep_conn: bool) -> None:
         self.connection, self.id, self.role, self.keep_conn = connection, request_id, role, keep_conn
@@ -213,6 +213,7 @@ class Exchange:
         self._err_used = False  # a STDERR record has left
         self._mute = False  # nobody is there to read an answer
         self._held = 0  # bytes of it that count as held by the connection
+        self._assumed = False  # STDIN counts as ended, but its empty record has not come
         self._drained = 0  # bytes of input thrown away because the answer had ended before
         self._status = (0, 0)  # of END_REQUEST, while it waits for the end of STDIN
 
@@ -278,7 +279,8 @@ class Exchange:
         """End the answer: what is buffered, the empty STDOUT record, END_REQUEST (spec 5.5).
 
         On a kept connection END_REQUEST waits until the web server has ended STDIN, which is thrown away.
-        Interop: h2o aborts when it is told of the end while it still sends.
+        Interop: h2o aborts if it is told of the end while it still sends. But nginx sends no more once it has the
+        answer's head, so there it does not wait, and nginx closes the connection (tests/frontends, early answer).
         """
         if self.ended: return
         self.ended = True
@@ -286,8 +288,10 @@ class Exchange:
         self._status = app_status & 0xFFFFFFFF, protocol_status
         if self.stdin.size: self.stdin.clear()
         if self.data.size: self.data.clear()
-        if self.keep_conn and not self.complete and not self.aborted: self._flush()
+        if self.keep_conn and not self.complete and not self.aborted and not self._from_nginx(): self._flush()
         else: self._finish()
+
+    def _from_nginx(self) -> bool: return self.environ.get("SERVER_SOFTWARE", "").startswith("nginx/")
 
     def _finish(self) -> None:
         "Send END_REQUEST; the id is free from here on."
@@ -446,6 +450,11 @@ class Connection(Framing):
         "Bytes of input that have arrived and were not read."
         return sum(x.stdin.size + x.data.size for x in self.exchanges.values())
 
+    def stop_draining(self) -> None:
+        "The end of STDIN does not come: end the requests that wait for it, and take no others."
+        self.closing = True
+        for exchange in [o for o in self.exchanges.values() if o.ended]: exchange._finish()
+
     def data_to_send(self) -> list[Bytes]:
         "Buffers to send now, in order; they are forgotten here."
         out = self.output
@@ -468,6 +477,7 @@ class Connection(Framing):
         if exchange := self.exchanges.get(1):
             exchange._params = data[24:end]
             self._params_end(exchange)
+            exchange._assumed = False  # its end is there
             if not exchange.stdin.ended and 1 in self.exchanges: self._input_end(exchange, STDIN)
         return True
 
@@ -490,7 +500,9 @@ class Connection(Framing):
                 return SKIP
             return STREAM
         if typ == STDIN or typ == DATA:
-            if (exchange.stdin if typ == STDIN else exchange.data).ended: return SKIP
+            if (exchange.stdin if typ == STDIN else exchange.data).ended:
+                if typ == STDIN and not length: exchange._assumed = False
+                return SKIP
             if length: return STREAM
             self._input_end(exchange, typ)
             return SKIP
@@ -556,7 +568,9 @@ class Connection(Framing):
             return
         self._events.append(BeginRequest(exchange))
         # Interop: HAProxy ends an empty chunked upload with CONTENT_LENGTH=0 alone (tests/vectors/haproxy)
-        if exchange.environ.get("CONTENT_LENGTH") == "0" and not exchange.stdin.ended: self._input_end(exchange, STDIN)
+        if exchange.environ.get("CONTENT_LENGTH") == "0" and not exchange.stdin.ended:
+            exchange._assumed = True
+            self._input_end(exchange, STDIN)
 
     def _input_end(self, exchange: Exchange, typ: int) -> None:
         if typ == STDIN: exchange.stdin.ended = True
@@ -587,4 +601,4 @@ class Connection(Framing):
         "The last record of `exchange` is on its way."
         self.exchanges.pop(exchange.id, None)
         if not exchange.keep_conn: self.closing = True
-        if not exchange.complete: self.early = True
+        if exchange._assumed or not exchange.complete: self.early = True

@@ -7,6 +7,7 @@ Requests that the web server interleaves on one connection wait for each other, 
 from __future__ import annotations
 
 import logging
+import math
 import select
 from collections.abc import Mapping
 from functools import partial
@@ -65,8 +66,8 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
         return self.read()
 
     def content(self) -> str:
-        "All of STDIN that was not read yet, as UTF-8 text."
-        return self.read().decode()
+        "All of STDIN that was not read yet, as UTF-8 text with surrogateescape."
+        return self.read().decode("utf-8", "surrogateescape")
 
     def aborted(self) -> bool:
         "True once the web server aborted the request or closed the connection. Never blocks."
@@ -84,14 +85,14 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
         return self.stderr.write(data)
 
     def send(self, c: Bytes | str, err: bool = False) -> int:
-        "Write bytes, or str as UTF-8."
-        return self.write(c.encode() if isinstance(c, str) else c, err)
+        "Write bytes, or str as UTF-8 with surrogateescape: what came in `environ` may go out."
+        return self.write(c.encode("utf-8", "surrogateescape") if isinstance(c, str) else c, err)
 
-    def print(self, s: str = "") -> None:
+    def print(self, s: object = "") -> None:
         "Write a line, and each line in it, to STDOUT with CRLF."
         self.send(crlf(s))
 
-    def err(self, s: str = "") -> None:
+    def err(self, s: object = "") -> None:
         "Write a line, and each line in it, to STDERR with CRLF."
         self.send(crlf(s), err=True)
 
@@ -154,9 +155,10 @@ class _Session(Channel):
     idle kept connection is given up as soon as another waits to be accepted.
     """
     served = False  # one request at least
-    busy: bool | None = None  # we wait for the rest of something, None while we do not wait
-    since = 0.0  # since when
     lingering = False  # all is answered, see `Channel.linger`
+    waits_for = ""  # what we wait for: see `wait`
+    since = 0.0  # since when
+    until: float | None = None  # when it is given up, None for never
 
     def __init__(self, handler: FcgiHandler, request: Any, client_address: Any, server: Any) -> None:
         self.cls = cls = type(handler)
@@ -186,25 +188,44 @@ class _Session(Channel):
         handler._channel = self
         handler._begin(exchange)
         handler._answer()
-        self.served, self.busy = True, None
+        self.served, self.waits_for = True, ""
 
     def wait(self) -> bool:
-        "Wait until there is something to read. False if the connection was parked instead, or is given up."
-        request, server = self.socket, self.server
-        busy = self.lingering or bool(self.connection.exchanges)
-        if busy is not self.busy: self.busy, self.since = busy, monotonic()
-        limit = self.timeout if busy else self.cls.idle_timeout
-        until = None if limit is None else self.since + limit
+        """Wait until there is something to do. False if the connection was parked instead, or is given up.
+
+        Called when nothing is there to read. An answered request whose input still comes has `timeout` seconds for
+        that, in which it may not be silent for `linger_timeout`.
+        """
+        exchanges, now, timeout = self.connection.exchanges.values(), monotonic(), self.timeout
+        if self.lingering: what = "close"
+        elif not exchanges: what = "request"
+        else: what = "rest of a request" if any(not o.ended for o in exchanges) else "end of STDIN"
+        if what != self.waits_for: self.waits_for, self.since = what, now
+        elif self.until is not None and now >= self.until: return self.expired()
+        limit = self.cls.idle_timeout if what == "request" else timeout
+        self.until = None if limit is None else self.since + limit
+        if what in ("close", "end of STDIN"):
+            self.until = min(now + self.cls.linger_timeout, self.until or math.inf)
+        server, idle = self.server, what == "request"
         alone = not isinstance(server, (ThreadingMixIn, ForkingMixIn))
         if alone and (park := getattr(server, "park", None)):
-            park(request, self.run, until, busy)
+            park(self.socket, self.run, self.until, not idle)
             return False
         watch = select.poll()
-        watch.register(request, select.POLLIN)
-        if alone and self.served and not busy: watch.register(server, select.POLLIN)
-        ready = dict(watch.poll(None if until is None else max(until - monotonic(), 0) * 1000))
-        if request.fileno() in ready: return True
-        if busy: log.warning("connection closed: incomplete after %s s, peer=%r", limit, self.peer)
+        watch.register(self.socket, select.POLLIN)
+        if alone and idle and self.served and hasattr(server, "fileno"): watch.register(server, select.POLLIN)
+        ready = dict(watch.poll(None if self.until is None else max(self.until - monotonic(), 0) * 1000))
+        return self.socket.fileno() in ready or self.expired()
+
+    def expired(self) -> bool:
+        "What we waited for does not come. Whether there is something left to do."
+        if self.waits_for == "end of STDIN":
+            self.connection.stop_draining()
+            self.send()
+            return True
+        if self.waits_for != "request":
+            say = log.debug if self.lingering else log.warning
+            say("connection closed: no %s in %.0f s, peer=%r", self.waits_for, monotonic() - self.since, self.peer)
         self.connection.receive_eof()
         return False
 

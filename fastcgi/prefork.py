@@ -176,8 +176,8 @@ class PreForkMixIn(Base):
 class Parked(NamedTuple):
     "A connection that waits for its peer."
     request: socket.socket
-    resume: Callable[[], None]  # to call when it is readable
-    until: float | None  # monotonic time at which it is given up
+    resume: Callable[[], None]  # to call when it is readable, or its time is up
+    until: float | None  # monotonic time when that is
     busy: bool  # in the middle of a request, so not simply closed when we stop
 
 
@@ -220,7 +220,7 @@ class _Worker:
         self._finish()
 
     def park(self, request: socket.socket, resume: Callable[[], None], until: float | None, busy: bool) -> None:
-        "Take a connection whose peer has nothing for us, to be resumed when it has, or closed at `until`."
+        "Take a connection whose peer has nothing for us, to be resumed when it has, or at `until`."
         fd = request.fileno()
         self.parked[fd] = Parked(request, resume, until, busy)
         if fd not in self.watched:
@@ -296,9 +296,7 @@ class _Worker:
 
     def _sweep(self, now: float) -> None:
         if now >= self.paused_until: self.paused_until = 0
-        for parked in [o for o in self.parked.values() if o.until is not None and now > o.until]:
-            log.log(logging.WARNING if parked.busy else logging.DEBUG, "connection closed: its time is up")
-            self.server.close_request(parked.request)
+        for fd in [k for k, o in self.parked.items() if o.until is not None and now >= o.until]: self._resume(fd)
 
     def _finish(self) -> None:
         "Let what was begun end, within `graceful_timeout`."

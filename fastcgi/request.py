@@ -30,6 +30,7 @@ class FcgiRequest(Limits):
     """
     timeout: float | None = 60  # seconds to wait for the peer to send what is due, or to take bytes
     idle_timeout: float | None = 75  # seconds a kept connection may be silent; nginx gives up its own after 60
+    linger_timeout: float = 5  # seconds that a peer may be silent whose input is thrown away after an early answer
     stderr_to = "fcgi"  # or "log" (logger `fastcgi.stderr`) where the front end cannot bear FCGI_STDERR, as HAProxy 2.6
     show_errors = False  # tell the client what went wrong: for development only
 
@@ -55,16 +56,18 @@ class FcgiRequest(Limits):
         self.app_status = 0
 
     def _exited(self, code: object) -> None:
-        "`sys.exit(code)`: a number is the application status, text goes to STDERR, as in any program."
-        if isinstance(code, str): self._exchange.write_err(crlf(code).encode("utf-8", "surrogateescape"))
+        "`sys.exit(code)`: a number is the application status, all else goes to STDERR, as in any program."
         self.app_status = code if isinstance(code, int) else int(code is not None)
+        if code is None or isinstance(code, int): return
+        write = write_log if self.stderr_to == "log" else Exchange.write_err
+        write(self._exchange, crlf(code).encode("utf-8", "backslashreplace"))
 
     def _failed(self, error: BaseException) -> None:
         "The application raised: tell the log, the web server's log, and, if it still can be told, the client."
         self.app_status, trace = 1, _trace(error) if isinstance(error, Exception) else ""
         if trace:
             log.error("handler raised: %s\n%s", self._about(), trace.rstrip("\n").translate(KEEP_LINES))
-            if self.stderr_to != "log": self._exchange.write_err(trace.encode("utf-8", "backslashreplace"))
+            if self.stderr_to != "log": self._exchange.write_err(trace.encode())
         if self._exchange.discard_output(): self._write_page(trace)
 
     def _check_answer(self) -> None:
@@ -76,7 +79,7 @@ class FcgiRequest(Limits):
     def _write_page(self, trace: str) -> None:
         head = self.environ.get("REQUEST_METHOD") == "HEAD"
         page = status_page("500 Internal Server Error", not head)
-        if self.show_errors and not head: page += b"\n" + trace.encode("utf-8", "backslashreplace")
+        if self.show_errors and not head: page += b"\n" + trace.encode()
         self._exchange.write(page)
 
     def _about(self) -> str:
@@ -89,10 +92,11 @@ def _trace(e: Exception) -> str:
     "The traceback, from the application's first line on."
     tb, ours = e.__traceback__, os.path.dirname(__file__)
     while tb and os.path.dirname(tb.tb_frame.f_code.co_filename) == ours: tb = tb.tb_next
-    return "".join(traceback.format_exception(type(e), e, tb or e.__traceback__))
+    text = "".join(traceback.format_exception(type(e), e, tb or e.__traceback__))
+    return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates are no text for a log
 
 
-def crlf(s: str) -> str: return s.replace("\r\n", "\n").replace("\n", "\r\n") + "\r\n"
+def crlf(s: object) -> str: return str(s).replace("\r\n", "\n").replace("\n", "\r\n") + "\r\n"
 
 
 def write_log(exchange: Exchange, data: Bytes) -> int:
