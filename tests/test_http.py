@@ -18,6 +18,7 @@ from socketserver import TCPServer, ThreadingUnixStreamServer
 import pytest
 
 from fastcgi import http as fhttp
+from fastcgi import http_input
 from fastcgi.http import HandlerException, MinimalHTTPHandler, ReuseThreadingServer
 
 WAIT = 20  # seconds, for whatever must happen
@@ -572,8 +573,8 @@ class Clock:
 def test_a_sender_lasts_as_long_as_it_keeps_the_rate(monkeypatch, wait, n, lasts):
     "It may take longer than the timeout in all, and what was sent faster buys no longer wait than the timeout."
     clock = Clock(wait, n)
-    monkeypatch.setattr(fhttp, "time", clock)
-    wire = fhttp._Wire(clock, timeout=30.0, min_rate=100.0)
+    monkeypatch.setattr(http_input, "time", clock)
+    wire = http_input.Wire(clock, timeout=30.0, min_rate=100.0)
     with contextlib.suppress(HandlerException):
         for _ in range(1000): wire.readinto(bytearray(9999))
     assert clock.now == pytest.approx(lasts, rel=0.05)
@@ -582,8 +583,8 @@ def test_a_sender_lasts_as_long_as_it_keeps_the_rate(monkeypatch, wait, n, lasts
 def test_slow_input_leaves_the_output_its_time(monkeypatch):
     clock = Clock(14, 1)
     clock.sendall = lambda data: sent.append((clock.timeout, len(data)))
-    monkeypatch.setattr(fhttp, "time", clock)
-    wire, sent = fhttp._Wire(clock, timeout=30.0, min_rate=100.0), []
+    monkeypatch.setattr(http_input, "time", clock)
+    wire, sent = http_input.Wire(clock, timeout=30.0, min_rate=100.0), []
     for _ in range(2): wire.readinto(bytearray(1))
     assert clock.timeout < 20
     wire.write(bytes(100_000))
@@ -619,9 +620,9 @@ def test_setup_ex_may_raise_as_the_published_one():
 
 
 def test_other_exception_in_setup_is_400(caplog):
-    class Handler(Echo):
-        def _body_length(self): raise KeyError("a line\nand another")
-    with serving(Handler) as srv: assert status(talk(srv, GET)) == 400
+    class Message(http.client.HTTPMessage):
+        def __setitem__(self, name, value): raise KeyError("a line\nand another")
+    with serving(Echo, MessageClass=Message) as srv: assert status(talk(srv, GET)) == 400
     assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
 
 
@@ -706,6 +707,18 @@ def test_client_that_leaves_before_its_error(caplog):
     with serving(Handler) as srv:
         assert talk(srv, b"GET\r\n") == b""
     assert len(caplog.messages) == 1
+
+
+def test_output_that_a_handler_buffers_leaves_at_the_end():
+    class Handler(MinimalHTTPHandler):
+        def setup(self):
+            super().setup()
+            self.wfile = io.BufferedWriter(self.wfile)
+
+        def handle(self):
+            self.end_headers()
+            self.wfile.write(b"late")
+    with serving(Handler) as srv: assert talk(srv, GET).endswith(b"\r\n\r\nlate")
 
 
 def test_closed_files_are_no_error():
@@ -793,6 +806,7 @@ def test_random_bytes_never_reach_the_server_as_an_exception(echo):
         if got: status(got.removeprefix(CONTINUE))
 
 
-def test_module_stands_alone():
-    source = Path(fhttp.__file__).read_text()
-    assert not re.search(r"^\s*(from \.|import fastcgi|from fastcgi)", source, re.M)
+def test_modules_stand_alone():
+    for module, ours in ((fhttp, [".http_input"]), (http_input, [])):
+        source = Path(module.__file__).read_text()
+        assert re.findall(r"^\s*from (\.\S*|fastcgi\S*) |^\s*import fastcgi", source, re.M) == ours

@@ -88,6 +88,12 @@ def answers(path):
 def mode(path): return stat.S_IMODE(os.lstat(path).st_mode)
 
 
+def in_proc(path):
+    "What /proc/net/unix has for that name, as (flags, state); 00010000 is that of sockets that listen."
+    lines = [o.split(maxsplit=7) for o in Path("/proc/net/unix").read_text().splitlines()]
+    return [(o[3], o[5]) for o in lines if o[7:] == [path]]
+
+
 # Addresses
 
 @pytest.mark.parametrize("given, kind, fields, text", [
@@ -169,6 +175,21 @@ def test_unix_socket_listens_and_knows_its_path(folder, opened):
     assert os.listdir(folder) == ["fcgi.sock"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has /proc/net/unix")
+@pytest.mark.parametrize("given", ["{}/fcgi.sock", "unix:{}//fcgi.sock", "{}/../{name}/fcgi.sock", "{name}.sock",
+                                   "./{name}.sock", "unix:{name}:1234", "{}/with a space"])
+def test_kernel_knows_the_socket_by_the_path_given(folder, monkeypatch, opened, given):
+    "Monitoring looks there, as do `ss` and `lsof`."
+    monkeypatch.chdir(folder)
+    given = given.format(folder, name=folder.name)
+    path = given.removeprefix("unix:")
+    dead(path)
+    sock = opened(given)
+    assert in_proc(path) == [("00010000", "01")]
+    assert sock.getsockname() == path and answers(path)
+    with socket.socket(fileno=os.dup(sock.fileno())) as other: assert other.getsockname() == path
+
+
 def test_default_address_is_fcgi_sock_here(folder, monkeypatch, opened):
     monkeypatch.chdir(folder)
     sock = opened()
@@ -180,7 +201,7 @@ def test_default_address_is_fcgi_sock_here(folder, monkeypatch, opened):
 def test_a_duplicate_is_a_socket_without_a_file(folder, opened):
     sock = opened(folder/"fcgi.sock")
     with sock.dup() as other:
-        assert other.getsockname().endswith("fcgi.sock")
+        assert other.getsockname() == str(folder/"fcgi.sock")
         assert not remove(other)
 
 
@@ -193,20 +214,38 @@ def test_mode_is_as_asked_whatever_the_umask(folder, opened, umask, asked, given
     assert mode(folder/"fcgi.sock") == given
 
 
-def test_socket_is_finished_before_it_can_be_seen(folder, opened, monkeypatch):
-    seen, publish = [], sockets._publish
-
-    def watch(path, name, private, parent):
-        inner = folder/".fcgi.sock.new"
-        seen.append((os.listdir(folder), mode(inner), mode(inner/name), answers(inner/name)))
-        publish(path, name, private, parent)
-    monkeypatch.setattr(sockets, "_publish", watch)
-    opened(folder/"fcgi.sock", mode=0o666)
-    assert seen == [([".fcgi.sock.new"], 0o700, 0o666, True)]
-    assert os.listdir(folder) == ["fcgi.sock"]
+@pytest.fixture
+def no_fchmod(monkeypatch):
+    "As on systems other than Linux."
+    def fchmod(fd, mode): raise OSError(errno.EINVAL, "Invalid argument")
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    monkeypatch.setattr(sockets, "PINS", "")
 
 
-def test_no_other_mode_and_no_dead_socket_is_ever_seen(folder):
+@pytest.mark.parametrize("asked, made, gid", [(0o666, 0o600, -1), (0o666, 0o600, None), (0o060, 0, None)])
+def test_others_are_let_in_when_it_listens(folder, opened, monkeypatch, asked, made, gid):
+    steps, path, may = [], folder/"fcgi.sock", ROOT or made > 0  # we, and not only others
+
+    def watch(owner, name):
+        f = getattr(owner, name)
+
+        def step(*args, **kw):
+            before = mode(path) if path.exists() else None
+            f(*args, **kw)
+            steps.append((name, before, mode(path), answers(path)))
+        monkeypatch.setattr(owner, name, step, raising=False)
+    for o in ("bind", "listen"): watch(UnixListener, o)
+    for o in ("chown", "chmod"): watch(os, o)
+    old = os.umask(0)
+    try: opened(path, mode=asked, group=gid and os.getegid())
+    finally: os.umask(old)
+    assert steps == [("bind", None, made, False), ("listen", made, made, may), ("chown", made, made, may),
+                     ("chmod", made, asked, may)]
+
+
+@pytest.mark.parametrize("system", ["Linux", "other"])
+def test_no_wider_mode_is_ever_seen(folder, request, system):
+    if system == "other": request.getfixturevalue("no_fchmod")
     path, modes, errors, stop = str(folder/"fcgi.sock"), set(), set(), threading.Event()
 
     def watch():
@@ -217,15 +256,24 @@ def test_no_other_mode_and_no_dead_socket_is_ever_seen(folder):
     thread.start()
     old, end = os.umask(0), time.monotonic() + WAIT
     try:
-        while (len(errors) < 2 or not modes) and time.monotonic() < end:
+        while not ({0, errno.ENOENT} <= errors and modes) and time.monotonic() < end:
             for _ in range(100):
                 with listen(path) as sock: assert remove(sock)
     finally:
-        os.umask(old)
+        assert os.umask(old) == 0
         stop.set()
         thread.join(WAIT)
     assert modes == {0o600}
-    assert errors == {0, errno.ENOENT}
+    assert {0, errno.ENOENT} <= errors <= {0, errno.ENOENT, errno.ECONNREFUSED}  # refused before it listens
+
+
+@pytest.mark.parametrize("umask", [0, 0o077, 0o777])
+@pytest.mark.parametrize("asked", [0o600, 0o666, 0o060, 0])
+def test_mode_where_a_socket_has_none(folder, opened, no_fchmod, umask, asked):
+    old = os.umask(umask)
+    try: opened(folder/"fcgi.sock", mode=asked, group=os.getegid())
+    finally: assert os.umask(old) == umask
+    assert mode(folder/"fcgi.sock") == asked
 
 
 @needs_root
@@ -358,36 +406,85 @@ def test_what_is_no_socket_is_left_alone(folder, make, what):
     assert sorted((o.name, o.lstat()) for o in folder.iterdir()) == before
 
 
-def test_what_appears_at_the_last_moment_is_left_alone(folder, monkeypatch):
-    path, publish = folder/"fcgi.sock", sockets._publish
-    monkeypatch.setattr(sockets, "_publish", lambda *args: (make_file(path), publish(*args)))
+def before_bind(monkeypatch, f):
+    "Does `f` when all has been looked at and bind is to come."
+    bind = socket.socket.bind
+    monkeypatch.setattr(UnixListener, "bind", lambda self, address: (f(), bind(self, address)), raising=False)
+
+
+def after_bind(monkeypatch, f):
+    bind = socket.socket.bind
+    monkeypatch.setattr(UnixListener, "bind", lambda self, address: (bind(self, address), f()), raising=False)
+
+
+@pytest.mark.parametrize("make", [make_file, make_dangling, make_link])
+def test_what_appears_at_the_last_moment_is_left_alone(folder, monkeypatch, make):
+    path = folder/"fcgi.sock"
+    before_bind(monkeypatch, lambda: make(path))
     assert refused(listen, path).startswith("address in use by a live server: ")
-    assert path.read_text() == "precious"
+    assert path.is_symlink() or path.read_text() == "precious"
+    assert not (folder/"nowhere").exists()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("make", [make_file, dead])
+def test_file_that_a_link_was_swapped_in_for_keeps_its_mode(folder, monkeypatch, make, pinned):
+    "Root may listen in a directory of somebody who would like another file's mode changed."
+    path, victim = folder/"fcgi.sock", folder/"victim"
+
+    def swap():
+        path.unlink()
+        path.symlink_to(victim)
+    if not pinned: monkeypatch.setattr(sockets, "PINS", "")
+    make(victim)
+    victim.chmod(0o600)
+    after_bind(monkeypatch, swap)
+    assert refused(listen, path, mode=0o666) == (
+        f"somebody replaced the socket at {path}: choose a directory of your own")
+    assert mode(victim) == 0o600 and path.is_symlink()
+
+
+def test_what_is_swapped_in_last_keeps_its_mode(folder, monkeypatch):
+    "Between our look at the file and the change, too."
+    path, victim, chown = folder/"fcgi.sock", folder/"victim", os.chown
+
+    def swap(*args, **kw):
+        chown(*args, **kw)
+        path.rename(folder/"moved")
+        path.symlink_to(victim)
+    make_file(victim)
+    victim.chmod(0o600)
+    monkeypatch.setattr(os, "chown", swap)
+    with listen(path, mode=0o666) as sock: assert not remove(sock)
+    assert (mode(victim), mode(folder/"moved")) == (0o600, 0o666)
+
+
+@needs_root
+def test_foreign_socket_that_was_swapped_in_keeps_its_mode(folder, monkeypatch):
+    path = folder/"fcgi.sock"
+
+    def swap():
+        path.unlink()
+        dead(path)
+        os.chown(path, NOBODY, NOBODY)
+        os.chmod(path, 0o600)
+    after_bind(monkeypatch, swap)
+    assert refused(listen, path, mode=0o666).startswith("somebody replaced the socket at ")
+    assert mode(path) == 0o600
 
 
 def test_directory_swapped_by_its_owner_harms_nobody(folder, monkeypatch):
-    "Root may listen in a directory of somebody who would like another file's mode changed."
-    victim, private, bind = folder/"victim", folder/".fcgi.sock.new", socket.socket.bind
+    (folder/"in").mkdir()
+    make_file(folder/"victim")
+    (folder/"victim").chmod(0o600)
 
-    def swap_and_bind(self, address):
-        private.rename(folder/"moved")
-        private.mkdir()
-        bind(self, address)
-        (private/"fcgi.sock").unlink()
-        (private/"fcgi.sock").symlink_to(victim)
-    make_file(victim)
-    victim.chmod(0o600)
-    monkeypatch.setattr(UnixListener, "bind", swap_and_bind, raising=False)
-    assert "No such file or directory" in refused(listen, folder/"fcgi.sock", mode=0o666)
-    assert mode(victim) == 0o600 and not (folder/"fcgi.sock").exists()
-    shutil.rmtree(private)
-
-
-def test_file_system_without_hard_links(folder, opened, monkeypatch):
-    def link(*args, **kw): raise PermissionError(errno.EPERM, "no links")
-    monkeypatch.setattr(os, "link", link)
-    opened(folder/"fcgi.sock")
-    assert answers(folder/"fcgi.sock") and os.listdir(folder) == ["fcgi.sock"]
+    def swap():
+        (folder/"in").rename(folder/"moved")
+        (folder/"in").mkdir()
+        os.link(folder/"victim", folder/"moved"/"fcgi.sock")
+    before_bind(monkeypatch, swap)
+    assert refused(listen, folder/"in"/"fcgi.sock", mode=0o666).startswith("somebody replaced the socket at ")
+    assert mode(folder/"victim") == 0o600 and os.listdir(folder/"moved") == ["fcgi.sock"]
 
 
 def test_file_system_without_locks(folder, opened, monkeypatch):
@@ -415,57 +512,98 @@ def test_directory_without_rights(folder):
     (folder/"in").mkdir(0o700)
     code = "for o in sys.argv[1:]:\n try: listen(o)\n except AddressError as e: print(e)"
     assert python(code, folder/"fcgi.sock", folder/"in"/"er"/"fcgi.sock", nobody=True).splitlines() == [
-        f"not allowed to write to {folder}: choose another or start as its owner",
+        f"not allowed to write {folder}/.fcgi.sock.lock: choose another directory or start as its owner",
         f"not allowed to enter {folder}/in/er: choose another"]
 
 
 def test_what_a_killed_server_left_is_used_again(folder, opened):
-    (folder/".fcgi.sock.new").mkdir(0o700)
-    dead(folder/".fcgi.sock.new"/"fcgi.sock")
+    (folder/".fcgi.sock.lock").touch(0o600)
+    dead(folder/"fcgi.sock")
     opened(folder/"fcgi.sock")
     assert answers(folder/"fcgi.sock") and os.listdir(folder) == ["fcgi.sock"]
 
 
+def test_directory_that_others_lock_is_no_matter(folder, opened):
+    "Whoever may read a directory may lock it, and must not keep a server from starting."
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        opened(folder/"fcgi.sock")
+    finally: os.close(fd)
+
+
+@needs_root
+def test_directory_that_we_may_not_read(folder):
+    folder.chmod(0o733)
+    assert python("listen(sys.argv[1])", folder/"fcgi.sock", nobody=True) == ""
+    assert os.listdir(folder) == ["fcgi.sock"]
+
+
+def make_foreign(path):
+    path.touch()
+    os.chown(path, NOBODY, NOBODY)
+
+
 @pytest.mark.parametrize("make, why", [
-    (make_file, "is in the way: remove it"), (make_link, "is in the way: remove it"),
-    (lambda path: (path.mkdir(), path.chmod(0o755)), "is in the way and not private: remove it")])
-def test_foreign_thing_at_the_private_path(folder, make, why):
-    private = folder/".fcgi.sock.new"
-    make(private)
-    assert refused(listen, folder/"fcgi.sock") == f"{private} {why}"
-    if private.is_dir(): private.rmdir()
-    else: private.unlink()
+    (make_file, "{} is in the way: remove it"), (make_fifo, "{} is in the way: remove it"),
+    pytest.param(make_foreign, "{} is in the way: remove it", marks=needs_root),
+    (make_dir, "cannot make the lock {}: Is a directory"),
+    (make_link, "cannot make the lock {}: Too many levels of symbolic links"),
+    (make_dangling, "cannot make the lock {}: Too many levels of symbolic links")])
+def test_foreign_thing_at_the_place_of_the_lock(folder, make, why):
+    lock = folder/".fcgi.sock.lock"
+    make(lock)
+    before = sorted((o.name, o.lstat()) for o in folder.iterdir())
+    assert refused(listen, folder/"fcgi.sock") == why.format(lock)
+    assert sorted((o.name, o.lstat()) for o in folder.iterdir()) == before
+    if lock.is_dir(): lock.rmdir()
+    else: lock.unlink()
 
 
-def test_another_server_that_is_starting_is_waited_for(folder, opened, monkeypatch):
-    private, waiting, got = folder/".fcgi.sock.new", threading.Event(), []
-    private.mkdir(0o700)
-    fd, lock = os.open(private, os.O_RDONLY), sockets._lock
+@pytest.fixture
+def starting(folder):
+    "As if another server were starting; closing the file ends that."
+    with open(folder/".fcgi.sock.lock", "x") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield f
+
+
+def test_another_server_that_is_starting_is_waited_for(folder, opened, monkeypatch, starting):
+    waiting, got, flock = threading.Event(), [], sockets._flock
 
     def watch(fd):
-        if not (done := lock(fd)): waiting.set()
+        if not (done := flock(fd)): waiting.set()
         return done
-    monkeypatch.setattr(sockets, "_lock", watch)
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    monkeypatch.setattr(sockets, "_flock", watch)
     thread = threading.Thread(target=lambda: got.append(opened(folder/"fcgi.sock")))
     thread.start()
-    assert waiting.wait(WAIT)
-    private.rmdir()
-    os.close(fd)
+    assert waiting.wait(WAIT) and not got
+    os.unlink(starting.name)
+    starting.close()
     thread.join(WAIT)
     assert got and answers(folder/"fcgi.sock")
 
 
-def test_another_server_that_starts_for_ever_is_reported(folder, monkeypatch):
-    private = folder/".fcgi.sock.new"
-    private.mkdir(0o700)
+def test_lock_on_a_file_that_is_gone_is_none(folder, opened, monkeypatch, starting):
+    "The other server was done when we had the file open and not yet locked: the next may have a new file by now."
+    tries, flock = [], sockets._flock
+
+    def late(fd):
+        if not tries:
+            os.unlink(starting.name)
+            starting.close()
+        tries.append(flock(fd))
+        return tries[-1]
+    monkeypatch.setattr(sockets, "_flock", late)
+    opened(folder/"fcgi.sock")
+    assert tries == [True, True] and answers(folder/"fcgi.sock")
+
+
+def test_another_server_that_starts_for_ever_is_reported(folder, monkeypatch, starting):
     monkeypatch.setattr(sockets, "LOCK_WAIT", 0.05)
-    fd = os.open(private, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        assert refused(listen, folder/"fcgi.sock") == f"another server is starting: {private} is locked; try again"
-    finally: os.close(fd)
-    private.rmdir()
+    why = f"another server is starting: {starting.name} is locked; try again"
+    assert refused(listen, folder/"fcgi.sock") == why
+    os.unlink(starting.name)
 
 
 def test_of_servers_that_start_at_once_one_wins(folder):
