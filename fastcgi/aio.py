@@ -10,8 +10,8 @@ import asyncio
 import errno
 import inspect
 import logging
-import os
 import math
+import os
 import select
 import signal
 import socket
@@ -270,7 +270,7 @@ class _Session(asyncio.Protocol):
         self.writable: asyncio.Event | None = None  # while the transport takes no more
         self.unsent = 0  # bytes that it held at the last look
         self.lingering = -1  # bytes that may still be thrown away after our answer, once we wait for the peer to close
-        self.until = 0.0  # when that is given up
+        self.until = math.inf  # when that, or the wait for the end of an answered request's STDIN, is given up
         self.peer: Any = ""
 
     # What the transport calls
@@ -389,8 +389,7 @@ class _Session(asyncio.Protocol):
         if not self.connection.early or self.connection.eof or self.connection.error: self.transport.close()
         else:
             self.lingering = self.server.handler.drain
-            self.last = self.loop.time()
-            self.until = self.last + (self.server.handler.timeout or math.inf)
+            self.last, self.until = self.loop.time(), math.inf
             if not self.reading: self.transport.resume_reading()
             self.reading = True
             self.transport.write_eof()
@@ -401,22 +400,34 @@ class _Session(asyncio.Protocol):
         if not self.connection.exchanges: self._close()
 
     def sweep(self, now: float) -> None:
-        "Give up a peer that does not do its part in time, or has left while we do not read."
+        """Give up a peer that does not do its part in time, or has left while we do not read.
+
+        What is thrown away of its input may take `timeout` seconds, in which it may not be silent for `linger_timeout`.
+        """
         handler, connection = self.server.handler, self.connection
+        exchanges, limit, level = connection.exchanges.values(), handler.timeout, logging.WARNING
         unsent = self.transport.get_write_buffer_size()
         if unsent != self.unsent: self.unsent, self.last = unsent, now
-        limit = handler.timeout
+        draining = bool(exchanges) and all(o.ended for o in exchanges)
+        if not draining and self.lingering < 0: self.until = math.inf
+        elif self.until == math.inf: self.until = now + (handler.timeout or math.inf)
         if not self.reading and _gone(self.transport): limit, why = 0, "it was closed"
         elif unsent: why = "nothing was read"
-        elif self.lingering >= 0: why = "it did not close"
-        elif not connection.exchanges: limit, why = handler.idle_timeout, ""
-        elif any(h._waiter for h, _ in self.running.values()) or len(connection.exchanges) > len(self.running):
+        elif self.lingering >= 0: limit, why, level = handler.linger_timeout, "it was not closed", logging.DEBUG
+        elif draining: limit, why = handler.linger_timeout, "STDIN did not end"
+        elif not exchanges: limit, why, level = handler.idle_timeout, "it was idle", logging.DEBUG
+        elif any(h._waiter for h, _ in self.running.values()) or any(not o.started for o in exchanges):
             why = "nothing was sent"
         else: return  # it is our turn
-        if limit is None or now - self.last < limit: return
-        if why: log.warning("connection closed after %.0f s: %s by peer=%r", now - self.last, why, self.peer)
-        self._handle(connection.send_failed())
-        self.transport.abort()
+        if now < self.until and (limit is None or now - self.last < limit): return
+        if draining and not unsent:
+            connection.stop_draining()
+            self.send()
+            self._close()
+        else:
+            log.log(level, "connection closed after %.0f s: %s by peer=%r", now - self.last, why, self.peer)
+            self._handle(connection.send_failed())
+            self.transport.abort()
 
 
 def _gone(transport: asyncio.Transport) -> bool:
@@ -552,19 +563,22 @@ class _BlockingAcceptor:
         threading.Thread(target=self._run, name="fastcgi-accept", daemon=True).start()
 
     def _run(self) -> None:
-        listener, stop = self.server.socket, self.ends[1]
-        poll = select.poll()
-        for o in listener, stop: poll.register(o, select.POLLIN)
+        poll, stop = select.poll(), self.ends[1]
+        for o in self.server.socket, stop: poll.register(o, select.POLLIN)
         with stop:
-            while stop.fileno() not in dict(poll.poll()):
-                try: conn, _ = listener.accept()
-                except OSError as e:
-                    if self.server.stopping: return
-                    log.error("cannot accept: %s", e.strerror)
-                    if e.errno != errno.ECONNABORTED: time.sleep(PAUSE)
-                else:
-                    try: self.loop.call_soon_threadsafe(self._take, conn)
-                    except RuntimeError: return conn.close()  # the loop is gone
+            while stop.fileno() not in dict(poll.poll()) and self._accept(): pass
+
+    def _accept(self) -> bool:
+        "False once there is no more sense in it."
+        try: conn, _ = self.server.socket.accept()
+        except OSError as e:
+            if self.server.stopping: return False
+            log.error("cannot accept: %s", e.strerror)
+            if e.errno != errno.ECONNABORTED: time.sleep(PAUSE)
+            return True
+        try: self.loop.call_soon_threadsafe(self._take, conn)
+        except RuntimeError: conn.close()  # the loop is gone
+        return not self.loop.is_closed()
 
     def _take(self, conn: socket.socket) -> None:
         if self.server.stopping: conn.close()

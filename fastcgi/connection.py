@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import core
 from .core import BEGIN_BODY, FCGI_KEEP_CONN, FCGI_VERSION_1, HEADER, MAX_CONTENT, Bytes, Request, Role, Status
@@ -334,6 +334,9 @@ class Exchange:
             out += HEADER.pack(1, typ, self.id, len(chunk), 0), chunk
 
 
+_event: Any = tuple.__new__  # a NamedTuple's own constructor is a Python function, which costs twice as much
+
+
 class BeginRequest(NamedTuple):
     "The params of a request are complete: `exchange.environ` has them, and it may be answered."
     exchange: Exchange
@@ -566,7 +569,7 @@ class Connection(Framing):
         except LimitExceeded as e:
             self._refuse(exchange, "431 Request Header Fields Too Large", Status.REQUEST_COMPLETE, e)
             return
-        self._events.append(BeginRequest(exchange))
+        self._events.append(_event(BeginRequest, (exchange,)))
         # Interop: HAProxy ends an empty chunked upload with CONTENT_LENGTH=0 alone (tests/vectors/haproxy)
         if exchange.environ.get("CONTENT_LENGTH") == "0" and not exchange.stdin.ended:
             exchange._assumed = True
@@ -575,7 +578,7 @@ class Connection(Framing):
     def _input_end(self, exchange: Exchange, typ: int) -> None:
         if typ == STDIN: exchange.stdin.ended = True
         else: exchange.data.ended = True
-        if not exchange.ended: self._events.append(StdinEnd(exchange) if typ == STDIN else DataEnd(exchange))
+        if not exchange.ended: self._events.append(_event(StdinEnd if typ == STDIN else DataEnd, (exchange,)))
         elif exchange.complete: exchange._finish()
 
     def _refuse(self, exchange: Exchange, page: str, status: int, reason: object) -> None:

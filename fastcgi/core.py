@@ -209,8 +209,7 @@ def unpack_params(
         params[text[name:value]] = text[value:at]
         n += 1
     if at > end: raise RemoteProtocolError(f"last name-value pair passes the end by {at - end} bytes")
-    data = data[:-1]
-    if len(params) != n: params = _join_repeated(unpack_pairs(data))
+    if len(params) != n: params = _join_repeated(unpack_pairs(data[:-1]))
     if ascii: return params
     return {(k if k.isascii() else _utf8(k)): (v if v.isascii() else _utf8(v)) for k, v in params.items()}
 

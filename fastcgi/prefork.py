@@ -83,11 +83,12 @@ class PreForkMixIn(Base):
 
     def shutdown_request(self, request: Any) -> None:
         "Close the connection, unless it is parked. A handler that must see its answer read has waited for that."
-        if not self._worker or request.fileno() not in self._worker.parked: self.close_request(request)
+        if not (self._worker and self._worker.parked and request.fileno() in self._worker.parked):
+            self.close_request(request)
 
     def close_request(self, request: Any) -> None:
-        if self._worker: self._worker.forget(request.fileno())
-        super().close_request(request)
+        if self._worker and self._worker.watched: self._worker.forget(request.fileno())
+        request.close()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         "Serve until SIGTERM, SIGINT (both in the main thread only) or `shutdown`. `poll_interval` is not needed."

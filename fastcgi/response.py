@@ -7,6 +7,7 @@ from __future__ import annotations
 import json as json_
 import re
 from collections.abc import Iterable
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -122,12 +123,13 @@ class AsyncHttpResponseMixin:
         if not callable(body):
             await self.write(head + body if wanted else head)
             return
-        async for chunk in body():
-            if head: await self.write(head)
-            head = b""
-            if not wanted: break
-            await self.write(chunk.encode("utf-8", "surrogateescape") if isinstance(chunk, str) else chunk)
-            await self.flush()
+        async with aclosing(body()) as chunks:
+            async for chunk in chunks:
+                if head: await self.write(head)
+                head = b""
+                if not wanted: break
+                await self.write(chunk.encode("utf-8", "surrogateescape") if isinstance(chunk, str) else chunk)
+                await self.flush()
         if head: await self.write(head)
 
     async def send_redirect(self, target: str) -> None:

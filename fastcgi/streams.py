@@ -94,31 +94,26 @@ class Channel:
         "Send all that the connection has to send."
         if self._sending: return  # called while a send waits: what is new follows behind what is on its way
         self._sending = True
-        try:
-            while self.connection.output: self._send(self.connection.data_to_send())
-        except BaseException:  # of a signal's handler: half a record may have left
-            self.connection.send_failed()
-            raise
-        finally: self._sending = False
-
-    def _send(self, out: list[Any]) -> None:
-        total = len(out[0]) if len(out) == 1 else sum(map(len, out))
-        if total <= _JOIN and len(out) > 1: out = [b"".join(out)]
-        while total:
+        out: list[Any] = self.connection.data_to_send()
+        while out:
+            if len(out) > 1 and sum(map(len, out)) <= _JOIN: out = [b"".join(out)]
             try:
                 if len(out) == 1: n = self.socket.send(out[0], _DONTWAIT)
                 else: n = self.socket.sendmsg(out[:_IOV], (), _DONTWAIT)
             except BlockingIOError:
                 if self._wait_writable(): continue
-                return self.give_up("nothing was read")
+                self.give_up("nothing was read")
+                break
             except OSError as e:
                 log.debug("send failed peer=%r: %s", self.peer, e)
                 self.connection.send_failed()
-                return
-            total -= n
-            if not total: return
-            while out and n >= len(out[0]): n -= len(out.pop(0))
-            if n: out[0] = memoryview(out[0])[n:]
+                break
+            sent = 0  # buffers that have left whole
+            while sent < len(out) and n >= len(out[sent]): n, sent = n - len(out[sent]), sent + 1
+            del out[:sent]
+            if out: out[0] = memoryview(out[0])[n:]
+            elif self.connection.output: out = self.connection.data_to_send()
+        self._sending = False
 
     def _wait_writable(self) -> bool:
         """Wait until the peer takes bytes again. False if it does not within `timeout`.
