@@ -8,7 +8,7 @@ COVERED := core connection streams handler
 METADATA := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint frontends demo demo-caddy clean
+.PHONY: help test lint frontends demo demo-caddy readme clean
 
 help: ## say what can be done
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,9 @@ demo-caddy: $(READY) ## run examples/hello.py behind Caddy, as in Caddyfile.exam
 	@echo "Caddy serves it at the address that Caddyfile.example begins with; Ctrl-C ends both."
 	@$(BIN)/python examples/hello.py & app=$$!; trap 'kill $$app' EXIT; trap exit INT TERM; \
 	 caddy run --adapter caddyfile --config Caddyfile.example
+
+readme: $(READY) ## run the notebooks in place, and write README.md from nbs/index.ipynb
+	$(BIN)/python nbs/refresh.py
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .coverage* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache

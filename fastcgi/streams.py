@@ -94,7 +94,14 @@ class Channel:
         "Send all that the connection has to send."
         if self._sending: return  # called while a send waits: what is new follows behind what is on its way
         self._sending = True
-        out: list[Any] = self.connection.data_to_send()
+        try:
+            while self.connection.output: self._send(self.connection.data_to_send())
+        except BaseException:  # a signal's handler raised, and what has left may end in the middle of a record
+            self.connection.send_failed()
+            raise
+        finally: self._sending = False
+
+    def _send(self, out: list[Any]) -> None:
         while out:
             if len(out) > 1 and sum(map(len, out)) <= _JOIN: out = [b"".join(out)]
             try:
@@ -102,18 +109,15 @@ class Channel:
                 else: n = self.socket.sendmsg(out[:_IOV], (), _DONTWAIT)
             except BlockingIOError:
                 if self._wait_writable(): continue
-                self.give_up("nothing was read")
-                break
+                return self.give_up("nothing was read")
             except OSError as e:
                 log.debug("send failed peer=%r: %s", self.peer, e)
                 self.connection.send_failed()
-                break
+                return
             sent = 0  # buffers that have left whole
             while sent < len(out) and n >= len(out[sent]): n, sent = n - len(out[sent]), sent + 1
             del out[:sent]
             if out: out[0] = memoryview(out[0])[n:]
-            elif self.connection.output: out = self.connection.data_to_send()
-        self._sending = False
 
     def _wait_writable(self) -> bool:
         """Wait until the peer takes bytes again. False if it does not within `timeout`.

@@ -5,15 +5,20 @@ not tested against itself.
 """
 import hashlib
 import json
+import os
 import random
 import select
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -403,3 +408,59 @@ def converse(sock: socket.socket, data: bytes, eof: bool = False) -> bytes:
 def ask(handler, *data: bytes, eof: bool = False, server=None) -> list[Answer]:
     "What `handler` answers on a connection of its own; `eof` where that is kept and would not end."
     with handling(handler, server) as sock: return answers(converse(sock, b"".join(data), eof))
+
+
+# Programs
+
+class Program(subprocess.Popen):
+    """A Python program of its own session, with warnings as errors: `Program("-c", code, ...)`, or a file's path.
+
+    `said()` is what it has written to both outputs so far. After a `with` block nothing of its session is left.
+    """
+
+    def __init__(self, *args, env=None, **kw) -> None:
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115
+        kw = dict(stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, start_new_session=True) | kw
+        path = os.pathsep.join(x for x in (str(HERE.parent), os.environ.get("PYTHONPATH")) if x)
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **(env or {})}
+        super().__init__([sys.executable, *map(str, args)], env=env, **kw)
+
+    def said(self) -> str: return os.pread(self.output.fileno(), 1 << 20, 0).decode()
+
+    def stop(self, signum: int = signal.SIGTERM) -> int:
+        "Its exit status after a signal; all of its processes have ended then."
+        self.send_signal(signum)
+        return self.ended()
+
+    def ended(self) -> int:
+        "Its exit status; all of its processes have ended then."
+        try: res = self.wait(DEADLINE)
+        except subprocess.TimeoutExpired: raise AssertionError(f"it goes on: {self.said()}") from None
+        end = time.monotonic() + DEADLINE
+        while left := processes(self.pid): assert time.monotonic() < end, f"{left} go on: {self.said()}"
+        return res
+
+    def __exit__(self, *exc: object) -> None:
+        for pid in {self.pid, *processes(self.pid)}:
+            if pid != self.pid or self.poll() is None:
+                with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+        self.output.close()
+        super().__exit__(*exc)
+
+
+def processes(session: int) -> list[int]:
+    "Those of a session that run."
+    return [pid for pid, state, _, sid in _stats() if sid == session and state != "Z"]
+
+
+def children(parent: int) -> list[int]:
+    "The processes that `parent` has started and that run."
+    return [pid for pid, state, ppid, _ in _stats() if ppid == parent and state != "Z"]
+
+
+def _stats() -> Iterator[tuple[int, str, int, int]]:
+    "Pid, state, parent and session of each process, see proc(5)."
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as f:
+            state, ppid, _, sid, *_ = f.read().rpartition(")")[2].split()
+            yield int(pid), state, int(ppid), int(sid)

@@ -1,27 +1,49 @@
-"""The notebooks are documentation that fails when it becomes untrue: each runs, from a clean copy, top to bottom."""
+"""The notebooks are documentation that fails when it becomes untrue: each runs, from a clean copy, top to bottom.
+
+What they print is what is in the repository, and README.md is made from index.ipynb; `make readme` puts both right.
+"""
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
 import pytest
 
-NBS = Path(__file__).parent.parent / "nbs"
+ROOT = Path(__file__).parent.parent
+NBS = ROOT / "nbs"
+
+pytestmark = [
+    pytest.mark.skipif(not NBS.exists(), reason="the sources are not here"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of nbclient and its relatives, not ours
+
+
+@pytest.fixture(scope="module")
+def refresh():
+    """The script that runs notebooks and makes README.md."""
+    for o in ("nbformat", "nbclient", "ipykernel"): pytest.importorskip(o)
+    spec = spec_from_file_location("refresh", NBS / "refresh.py")
+    res = module_from_spec(spec)
+    spec.loader.exec_module(res)
+    return res
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of nbclient and its relatives, not ours
 @pytest.mark.parametrize("name", [o.name for o in sorted(NBS.glob("*.ipynb"))])
-def test_notebook_runs(name, tmp_path):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    copytree(NBS, tmp_path / "nbs", ignore=ignore_patterns(".*"))
-    nb = nbformat.read(tmp_path / "nbs" / name, as_version=4)
-    before = {*tmp_path.rglob("*")}
-    here = {"metadata": {"path": tmp_path / "nbs"}}
-    client = nbclient.NotebookClient(nb, timeout=60, kernel_name="python3", resources=here)
-    error = ""
-    try: client.execute()
-    except nbclient.exceptions.CellExecutionError as e: error = re.sub(r"\x1b\[[\d;]*m", "", str(e))
+def test_notebook_runs_and_prints_what_it_says(name, refresh, tmp_path, short_dir, monkeypatch):
+    from nbclient.exceptions import CellExecutionError
+    copytree(NBS, tmp_path / "nbs", ignore=ignore_patterns(".*", "__pycache__"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    (tmp_path / "ipython").mkdir()
+    monkeypatch.setenv("TMPDIR", str(short_dir))
+    before, error = {*(tmp_path / "nbs").rglob("*")}, ""
+    try: nb = refresh.run(tmp_path / "nbs" / name)
+    except CellExecutionError as e: error = re.sub(r"\x1b\[[\d;]*m", "", str(e))
     if error: pytest.fail(error, pytrace=False)
-    assert {*tmp_path.rglob("*")} == before, "it leaves files behind"
+    assert {*(tmp_path / "nbs").rglob("*"), *short_dir.iterdir()} == before, "it leaves files behind"
+    assert refresh.nbformat.writes(nb) + "\n" == (NBS / name).read_text(encoding="utf-8"), "see `make readme`"
+
+
+def test_readme_is_that_of_index(refresh):
+    nb = refresh.nbformat.read(NBS / "index.ipynb", as_version=4)
+    assert refresh.readme(nb) == (ROOT / "README.md").read_text(encoding="utf-8"), "see `make readme`"

@@ -1,36 +1,53 @@
-"""The application of the scenarios: the same pages as a handler and as a decorated CGI function.
+"""The application of the scenarios: the same pages as a handler, a decorated CGI function and an asyncio handler.
 
-    python apps.py handler|decorator ADDRESS [fcgi|log]
+    python apps.py handler|decorator|async ADDRESS [fcgi|log]
 
-The last argument says where STDERR goes. A page is a function of `Call`, which both faces offer. What a page saw of a
-client that left goes to the file that `seen=` names; a page with `gate=` goes on when somebody opens that FIFO.
+The last argument says where STDERR goes. A page is a coroutine and awaits what `Call` offers: on asyncio that waits,
+on the other faces it is done at once and blocks (`Now`). What a page saw of a client that left goes to the file that
+`seen=` names; a page with `gate=` goes on when somebody opens that FIFO.
 """
+import asyncio
 import hashlib
 import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable
+from asyncio import CancelledError
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from select import select
 from socketserver import TCPServer, ThreadingMixIn, UnixStreamServer
-from typing import BinaryIO
+from typing import Any
 from urllib.parse import parse_qs, parse_qsl
 
 BLOCK = bytes(range(256)) * 256  # 64 KiB
 
 
+def now(func):
+    """A blocking function, to be awaited: it is done by then."""
+    async def call(*args): return func(*args)
+    return call
+
+
+class Now:
+    """A blocking file whose methods are awaited."""
+
+    def __init__(self, file): self.file = file
+
+    def __getattr__(self, name): return now(getattr(self.file, name))
+
+
 @dataclass
 class Call:
-    """One request, whatever serves it."""
+    """One request, whatever serves it. Streams have awaitable methods."""
     env: dict[str, str]
-    stdin: BinaryIO
-    stdout: BinaryIO
-    stderr: BinaryIO
-    text: Callable[[str], object]  # writes characters
+    stdin: Any
+    stdout: Any
+    stderr: Any
+    text: Callable[[str], Awaitable]  # writes characters
     gone: Callable[[], bool]  # whether the client has left, as far as this face can know
+    readable: Callable[[int], Awaitable]  # waits for a descriptor, or raises because the client has left
     connection: Callable[[], object]  # what tells this connection from others
 
     @property
@@ -40,17 +57,20 @@ class Call:
     @property
     def query(self) -> dict[str, str]: return dict(parse_qsl(self.env.get("QUERY_STRING", "")))
 
-    def head(self, kind="text/plain", **headers):
+    async def head(self, kind="text/plain", **headers):
         lines = "Status: 200 OK", f"Content-Type: {kind}", *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items())
-        self.stdout.write("".join(o + "\r\n" for o in (*lines, "")).encode())
+        await self.stdout.write("".join(o + "\r\n" for o in (*lines, "")).encode())
 
-    def json(self, value):
-        self.head("application/json")
-        self.stdout.write(json.dumps(value).encode())
+    async def json(self, value):
+        await self.head("application/json")
+        await self.stdout.write(json.dumps(value).encode())
 
-    def wait(self):
+    async def wait(self):
         """Until the test opens the gate."""
-        if gate := self.query.get("gate"): Path(gate).read_bytes()
+        if not (gate := self.query.get("gate")): return
+        fd = os.open(gate, os.O_RDONLY | os.O_NONBLOCK)
+        try: await self.readable(fd)
+        finally: os.close(fd)
 
     def saw(self, what: str):
         """Tell the test, at once and whole."""
@@ -59,108 +79,123 @@ class Call:
             os.replace(seen + ".new", seen)
 
 
-def env(o):
+GONE = OSError, CancelledError  # what a page gets whose client has left
+
+
+async def env(o):
     """What the web server said."""
-    o.head("application/json", X_Method=o.env["REQUEST_METHOD"])
-    if o.env["REQUEST_METHOD"] != "HEAD": o.stdout.write(json.dumps(dict(o.env)).encode())
+    await o.head("application/json", X_Method=o.env["REQUEST_METHOD"])
+    if o.env["REQUEST_METHOD"] != "HEAD": await o.stdout.write(json.dumps(dict(o.env)).encode())
 
 
-def form(o): o.json(parse_qs(o.stdin.read().decode()))
+async def form(o): await o.json(parse_qs((await o.stdin.read()).decode()))
 
 
-def echo(o):
+async def echo(o):
     """The body as it came; CONTENT_LENGTH is not asked."""
-    body = o.stdin.read()
-    o.head("application/octet-stream", X_Length=len(body))
-    o.stdout.write(body)
+    body = await o.stdin.read()
+    await o.head("application/octet-stream", X_Length=len(body))
+    await o.stdout.write(body)
 
 
-def digest(o):
+async def digest(o):
     """Length and hash of a body of any size."""
     size, sha = 0, hashlib.sha256()
-    while data := o.stdin.read(len(BLOCK)): size += len(data); sha.update(data)
-    o.json([size, sha.hexdigest()])
+    while data := await o.stdin.read(len(BLOCK)): size += len(data); sha.update(data)
+    await o.json([size, sha.hexdigest()])
 
 
-def blob(o):
+async def blob(o):
     """`n` blocks of output."""
-    o.head("application/octet-stream")
-    for _ in range(int(o.query["n"])): o.stdout.write(BLOCK)
+    await o.head("application/octet-stream")
+    for _ in range(int(o.query["n"])): await o.stdout.write(BLOCK)
 
 
-def text(o):
+async def text(o):
     """Characters, in a header and in the body."""
-    o.head("text/plain; charset=utf-8", X_Text=o.query["name"])
-    o.text(f"Grüße, {o.query['name']} 🎉\n")
+    await o.head("text/plain; charset=utf-8", X_Text=o.query["name"])
+    await o.text(f"Grüße, {o.query['name']} 🎉\n")
 
 
-def stream(o):
+async def stream(o):
     """One line now, one after the gate has opened."""
-    o.head(**({"X_Accel_Buffering": "no"} if "accel" in o.query else {}))
-    o.stdout.write(b"one\n")
-    o.stdout.flush()
-    o.wait()
-    o.stdout.write(b"two\n")
+    await o.head(**({"X_Accel_Buffering": "no"} if "accel" in o.query else {}))
+    await o.stdout.write(b"one\n")
+    await o.stdout.flush()
+    await o.wait()
+    await o.stdout.write(b"two\n")
 
 
-def early(o):
+async def early(o):
     """An answer that does not look at the body."""
-    o.head()
-    o.stdout.write(b"no, thank you\n")
-    if "flush" in o.query: o.stdout.flush()
+    await o.head()
+    await o.stdout.write(b"no, thank you\n")
+    if "flush" in o.query: await o.stdout.flush()
 
 
-def errors(o):
-    o.head()
-    o.stderr.write(f"on STDERR: {o.query['mark']}\n".encode())
-    o.stderr.flush()
-    o.stdout.write(b"fine\n")
+async def errors(o):
+    await o.head()
+    await o.stderr.write(f"on STDERR: {o.query['mark']}\n".encode())
+    await o.stderr.flush()
+    await o.stdout.write(b"fine\n")
 
 
-def connection(o): o.json(o.connection())
+async def connection(o): await o.json(o.connection())
 
 
-def endless(o):
+async def endless(o):
     """Output until the client has left, or there is no more sense in it."""
-    o.head("application/octet-stream")
+    await o.head("application/octet-stream")
     try:
         for _ in range(int(o.query["n"])):
             if o.gone(): return o.saw("gone")
-            o.stdout.write(BLOCK)
-            o.stdout.flush()
-    except OSError as e: return o.saw(type(e).__name__)
+            await o.stdout.write(BLOCK)
+            await o.stdout.flush()
+    except GONE as e: return o.saw(type(e).__name__)
     o.saw("all written")
 
 
-def think(o):
+async def think(o):
     """Nothing, until the client has left or the gate opens."""
-    end, gate = time.monotonic() + 20, os.open(o.query["gate"], os.O_RDONLY | os.O_NONBLOCK)
     o.saw("thinking")
-    while time.monotonic() < end and not (gone := o.gone()) and not select([gate], [], [], .005)[0]: pass
-    os.close(gate)
-    o.saw("gone" if gone else "still there")
-    o.head()
-    o.stdout.write(b"thought\n")
+    try: await o.wait()
+    except GONE:
+        o.saw("gone")
+        raise
+    o.saw("still there")
+    await o.json(o.connection())
 
 
-def upload(o):
+async def upload(o):
     """The body, slowly enough to see how it ends."""
     size = 0
     o.saw("reading")
     try:
-        while data := o.stdin.read1(): size += len(data)
-    except OSError as e: return o.saw(type(e).__name__)
+        while data := await o.stdin.read1(): size += len(data)
+    except GONE as e: return o.saw(type(e).__name__)
     o.saw("ended")
-    o.json(size)
+    await o.json(size)
 
 
 PAGES = {f"/{o.__name__}": o for o in (env, form, echo, digest, blob, text, stream, early, errors, connection, endless,
                                        think, upload)}
 
 
-def answer(o: Call):
+async def answer(o: Call):
     """Find the page by the first part of the path."""
-    PAGES.get("/" + o.path.split("/")[1], env)(o)
+    await PAGES.get("/" + o.path.split("/")[1], env)(o)
+
+
+def blocking(env, files, text, gone, connection):
+    """Answer on a face that blocks: its pages run through in one step."""
+    async def readable(fd):
+        while not select([fd], [], [], .005)[0]:
+            if gone(): raise ConnectionAbortedError
+
+    page = answer(Call(env, *map(Now, files), now(text), gone, readable, connection))
+    try: page.send(None)
+    except StopIteration: return
+    raise AssertionError("it waits")
 
 
 def sockets():
@@ -177,8 +212,8 @@ def serve_handler(address, stderr):
         stderr_to = stderr
 
         def handle(self):
-            answer(Call(self.environ, self.stdin, self.stdout, self.stderr, self.send, self.aborted,
-                        lambda: os.fstat(self.request.fileno()).st_ino))
+            blocking(self.environ, (self.stdin, self.stdout, self.stderr), self.send, self.aborted,
+                     lambda: os.fstat(self.request.fileno()).st_ino)
 
     class Server(ThreadingMixIn, TCPServer if isinstance(address, tuple) else UnixStreamServer):
         allow_reuse_address = daemon_threads = True
@@ -195,12 +230,42 @@ def serve_decorator(address, stderr):
     @fastcgi(address, mode=None if isinstance(address, tuple) else 0o666)
     def page():
         files = (o.buffer for o in (sys.stdin, sys.stdout, sys.stderr))
-        answer(Call(os.environ, *files, sys.stdout.write, lambda: False, sockets))
+        blocking(os.environ, files, sys.stdout.write, lambda: False, sockets)
+
+
+def serve_async(address, stderr):
+    """`AsyncFcgiHandler`: one thread, any number of requests, also those that share a connection."""
+    from fastcgi.aio import AsyncFcgiHandler, AsyncFcgiServer
+
+    async def readable(fd):
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        loop.add_reader(fd, ready.set_result, None)
+        try: await ready
+        finally: loop.remove_reader(fd)
+
+    class Handler(AsyncFcgiHandler):
+        stderr_to = stderr
+
+        async def handle(self):
+            await answer(Call(self.environ, self.stdin, self.stdout, self.stderr, self.send, self.aborted, readable,
+                              lambda: os.fstat(self.request.get_extra_info("socket").fileno()).st_ino))
+
+    class Server(AsyncFcgiServer):
+        def values(self):
+            logging.warning("GET_VALUES")
+            return super().values()
+
+    async def main():
+        async with Server(Handler, address, mode=None if isinstance(address, tuple) else 0o666) as srv:
+            await srv.serve_forever()
+
+    asyncio.run(main())
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
     _, face, address, *stderr = sys.argv
     host, _, port = address.rpartition(":")
-    serve = {"handler": serve_handler, "decorator": serve_decorator}[face]
+    serve = {"handler": serve_handler, "decorator": serve_decorator, "async": serve_async}[face]
     serve((host, int(port)) if host else address, *stderr or ["fcgi"])

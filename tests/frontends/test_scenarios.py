@@ -1,7 +1,7 @@
 """One story through every real web server: what a client asks, what the application sees, what comes back.
 
-Caddy and nginx run each of it in front of the handler and of the decorator, on a Unix socket and on TCP; the others
-in front of the handler on a Unix socket. What a front end cannot do is named in a set below, and the test that meets
+Caddy and nginx run each of it in front of all faces of the application, on a Unix socket and on TCP; the others in
+front of the handler and the asyncio handler on a Unix socket. What a front end cannot do is named in a set below, and the test that meets
 it there checks what that front end does instead.
 """
 import errno
@@ -32,8 +32,9 @@ FULL = "caddy", "nginx", "nginx-keepalive", "nginx-unbuffered"
 REST = ("caddy-php", "lighttpd", "lighttpd-stream", "apache-proxy-fcgi", "apache-proxy-fcgi-reuse",
         "apache-proxy-fcgi-handler", "h2o", "h2o-keepalive", "haproxy", "haproxy-nokeep", "haproxy-mpxs",
         "haproxy-getvalues")
-SITES = [*((o, face, net) for o in FULL for face in ("handler", "decorator") for net in ("unix", "tcp")),
-         *((o, "handler", "unix") for o in REST)]
+SITES = [*((o, face, net) for o in FULL for face in ("handler", "decorator", "async")
+           for net in ("unix", "tcp")),
+         *((o, face, "unix") for o in REST for face in ("handler", "async"))]
 
 HAPROXY = {o for o in REST if o.startswith("haproxy")}
 REUSES = {"nginx-keepalive", "apache-proxy-fcgi-reuse", "h2o-keepalive", *HAPROXY - {"haproxy-nokeep"}}
@@ -318,14 +319,15 @@ def test_client_gone_during_the_upload(site, seen):
         with site.begin(f"POST /app.py/upload?seen={seen}", f"Content-Length: {MB}", body=BLOCK):
             if site.name not in STORES: wait_until(seen.exists, "the page reads")
         if site.name in STORES: assert not seen.exists()  # it waits for all of an upload before it connects
-        else: wait_until(lambda: seen.read_text() in ("ConnectionLost", "RequestAborted"), "the page sees it")
+        else: wait_until(lambda: seen.read_text() in ("ConnectionLost", "RequestAborted", "CancelledError"),
+                        "the page sees it")
 
 
 def test_client_gone_while_the_page_thinks(site, seen, fifo):
     with site.leaves_nothing():
         with site.begin(f"GET /app.py/think?gate={fifo}&seen={seen}"):
             wait_until(lambda: seen.exists() and seen.read_text() == "thinking", "the page thinks")
-        if site.web.kind == "nginx" and site.app.face == "handler":  # the others say it with their next write, or never
+        if site.web.kind == "nginx" and site.app.face != "decorator":  # the others say it with their next write, or never
             wait_until(lambda: seen.read_text() == "gone", "the page knows")
         else:
             open_gate(fifo)
