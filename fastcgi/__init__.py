@@ -30,6 +30,7 @@ from .sockets import listen
 
 if TYPE_CHECKING:
     from .aio import AsyncFcgiHandler, AsyncFcgiServer
+    from .aioclient import AsyncFcgiClient
     from .client import FcgiClient
     from .http import HandlerException, MinimalHTTPHandler, ReuseThreadingServer
     from .response import AsyncHttpResponseMixin, HttpResponseMixin
@@ -40,12 +41,12 @@ __all__ = (
     "fastcgi", "FcgiHandler", "MinimalHTTPHandler", "HandlerException", "ReuseThreadingServer", "Request", "Role",
     "Status", "pack", "unpack_from", "unpack_sz", "pack_rec", "unpack_rec", "unpack_content", "pack_params",
     "unpack_params", "FcgiServer", "FcgiThreadingServer", "PreForkMixIn", "PreForkUnixServer", "PreForkTCPServer",
-    "AsyncFcgiHandler", "AsyncFcgiServer", "HttpResponseMixin", "AsyncHttpResponseMixin", "FcgiClient", "listen",
-    "FcgiError", "ProtocolError", "RequestAborted", "os", "sys")
+    "AsyncFcgiHandler", "AsyncFcgiServer", "HttpResponseMixin", "AsyncHttpResponseMixin", "FcgiClient",
+    "AsyncFcgiClient", "listen", "FcgiError", "ProtocolError", "RequestAborted", "os", "sys")
 
 _LATER = {  # modules that not every program needs are imported when one of their names is first asked for
-    "AsyncFcgiHandler": "aio", "AsyncFcgiServer": "aio", "FcgiClient": "client", "HandlerException": "http",
-    "MinimalHTTPHandler": "http", "ReuseThreadingServer": "http", "HttpResponseMixin": "response",
+    "AsyncFcgiHandler": "aio", "AsyncFcgiServer": "aio", "AsyncFcgiClient": "aioclient", "FcgiClient": "client",
+    "HandlerException": "http", "MinimalHTTPHandler": "http", "ReuseThreadingServer": "http", "HttpResponseMixin": "response",
     "AsyncHttpResponseMixin": "response", "FcgiServer": "server", "FcgiThreadingServer": "server"}
 
 logging.getLogger("fastcgi").addHandler(logging.NullHandler())

@@ -28,7 +28,7 @@ from .core import FCGI_KEEP_CONN, HEADER, MAX_CONTENT, Bytes, Request, Role, Sta
 from .errors import ConnectionLost, FcgiError, LimitExceeded, LocalProtocolError, RemoteProtocolError, RequestAborted
 from .sockets import AddressError, AddressLike, no_delay, parse_address
 
-__all__ = ("FcgiClient", "Response", "Headers", "Head", "parse_head", "ClientConnection", "ClientLimits", "Call",
+__all__ = ("FcgiClient", "Answer", "Response", "Headers", "Head", "parse_head", "ClientConnection", "ClientLimits", "Call",
            "ClientEvent", "ResponseHead", "Stdout", "Stderr", "Failed", "EndRequest", "Values", "UnknownType")
 
 # Plain ints: an IntEnum member costs several times as much to compare.
@@ -402,22 +402,12 @@ class _Link:
         return False
 
 
-class Response:
-    """The answer to a request, of which `request` has read the head.
-
-    The body streams: `read`, `read1`, `readinto`, or pieces as they arrive by iteration. Each of them also sends what
-    is left of the request's body. `close`, or the end of a `with` block, before the body's end aborts the request.
-    Reading raises `ConnectionLost`, `RemoteProtocolError`, `TimeoutError`, or what reading the request's body raises.
-    """
+class Answer:
+    "What an answer says besides its body."
     status: int  # where the application refused the request without a word: 503 if OVERLOADED, else 502
     reason: str
     headers: Headers
-
-    def __init__(self, client: FcgiClient, link: _Link, call: Call, upload: Iterator[int], watch: int) -> None:
-        self._client, self._link, self._call, self._watch = client, link, call, watch
-        self._upload: Iterator[int] | None = upload
-        self._fd = -1  # to wait for before more of the upload can be read
-        self._done = False  # the connection was given back or closed
+    _call: Call
 
     @property
     def stderr(self) -> bytes:
@@ -433,6 +423,26 @@ class Response:
     def protocol_status(self) -> int | None:
         "A `Status`, None until the answer has ended. All but REQUEST_COMPLETE say that the request was refused."
         return self._call.protocol_status
+
+    def _read_head(self) -> None:
+        call = self._call
+        self.status, self.reason, self.headers = call.head or Head(
+            *_status(503 if call.protocol_status == Status.OVERLOADED else 502), Headers())
+
+
+class Response(Answer):
+    """The answer to a request, of which `request` has read the head.
+
+    The body streams: `read`, `read1`, `readinto`, or pieces as they arrive by iteration. Each of them also sends what
+    is left of the request's body. `close`, or the end of a `with` block, before the body's end aborts the request.
+    Reading raises `ConnectionLost`, `RemoteProtocolError`, `TimeoutError`, or what reading the request's body raises.
+    """
+
+    def __init__(self, client: FcgiClient, link: _Link, call: Call, upload: Iterator[int], watch: int) -> None:
+        self._client, self._link, self._call, self._watch = client, link, call, watch
+        self._upload: Iterator[int] | None = upload
+        self._fd = -1  # to wait for before more of the upload can be read
+        self._done = False  # the connection was given back or closed
 
     def read(self, n: int = -1) -> bytes:
         "`n` bytes, fewer only at the end; all if negative."
@@ -471,8 +481,7 @@ class Response:
         if call.error:
             self._release(False)
             raise call.error
-        self.status, self.reason, self.headers = call.head or Head(
-            *_status(503 if call.protocol_status == Status.OVERLOADED else 502), Headers())
+        self._read_head()
         if call.ended: self._release()
 
     def _fill(self) -> bool:

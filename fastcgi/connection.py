@@ -213,7 +213,7 @@ class Exchange:
         self._err_used = False  # a STDERR record has left
         self._mute = False  # nobody is there to read an answer
         self._held = 0  # bytes of it that count as held by the connection
-        self._assumed = False  # STDIN counts as ended, but its empty record has not come
+        self._assumed = role == 2  # STDIN counts as ended, but its empty record has not come
         self._drained = 0  # bytes of input thrown away because the answer had ended before
         self._status = (0, 0)  # of END_REQUEST, while it waits for the end of STDIN
 
