@@ -137,6 +137,7 @@ class PreForkMixIn(Base):
                 os.kill(pid, signal.SIGKILL)
             while children: _reap(children, 0)
         os.close(lifeline)
+        if self._accept_lock: self._accept_lock.close()
 
     def _told_to_stop(self, signum: int) -> None:
         if signum != signal.SIGCHLD: self._stopping = True

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, parse_qsl
 
 BLOCK = bytes(range(256)) * 256  # 64 KiB
+LINGER = 1  # second; `haproxy-nokeep` uses all of it where a large upload is answered early
 
 
 def now(func):
@@ -209,7 +210,7 @@ def serve_handler(address, stderr):
     from fastcgi.handler import FcgiHandler
 
     class Handler(FcgiHandler):
-        stderr_to = stderr
+        stderr_to, linger_timeout = stderr, LINGER
 
         def handle(self):
             blocking(self.environ, (self.stdin, self.stdout, self.stderr), self.send, self.aborted,
@@ -245,7 +246,7 @@ def serve_async(address, stderr):
         finally: loop.remove_reader(fd)
 
     class Handler(AsyncFcgiHandler):
-        stderr_to = stderr
+        stderr_to, linger_timeout = stderr, LINGER
 
         async def handle(self):
             await answer(Call(self.environ, self.stdin, self.stdout, self.stderr, self.send, self.aborted, readable,

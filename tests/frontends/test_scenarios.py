@@ -1,8 +1,8 @@
 """One story through every real web server: what a client asks, what the application sees, what comes back.
 
-Caddy and nginx run each of it in front of all faces of the application, on a Unix socket and on TCP; the others in
-front of the handler and the asyncio handler on a Unix socket. What a front end cannot do is named in a set below, and the test that meets
-it there checks what that front end does instead.
+Caddy and nginx run each of it in front of the handler, the decorator and the asyncio handler, on a Unix socket and on
+TCP; the others in front of the two handlers on a Unix socket. What a front end cannot do is named in a set below, and
+the test that meets it there checks what that front end does instead.
 """
 import errno
 import hashlib
@@ -28,12 +28,12 @@ BLOCK = bytes(range(256)) * 256
 MB = 1 << 20
 BLOCKS_SHA = hashlib.sha256(BLOCK * 1024).hexdigest()
 
+FACES = "handler", "decorator", "async"
 FULL = "caddy", "nginx", "nginx-keepalive", "nginx-unbuffered"
 REST = ("caddy-php", "lighttpd", "lighttpd-stream", "apache-proxy-fcgi", "apache-proxy-fcgi-reuse",
         "apache-proxy-fcgi-handler", "h2o", "h2o-keepalive", "haproxy", "haproxy-nokeep", "haproxy-mpxs",
         "haproxy-getvalues")
-SITES = [*((o, face, net) for o in FULL for face in ("handler", "decorator", "async")
-           for net in ("unix", "tcp")),
+SITES = [*((o, face, net) for o in FULL for face in FACES for net in ("unix", "tcp")),
          *((o, face, "unix") for o in REST for face in ("handler", "async"))]
 
 HAPROXY = {o for o in REST if o.startswith("haproxy")}
