@@ -7,9 +7,11 @@ import posixpath
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 HERE = Path(__file__).parent
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -19,8 +21,11 @@ KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name
 def run(path):
     "The notebook at `path`, executed beside it, without what differs from run to run."
     nb = nbformat.read(path, as_version=4)
-    here = {"metadata": {"path": path.parent}}
-    NotebookClient(nb, timeout=60, kernel_name="python3", resources=here, coalesce_streams=True).execute()
+    with TemporaryDirectory() as folder:  # Unix sockets: a TCP port may be lost to others before it is used
+        config = Config(NotebookClient={"kernel_name": "python3", "timeout": 60},
+                        KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
+        here = {"metadata": {"path": path.parent}}
+        NotebookClient(nb, resources=here, coalesce_streams=True, config=config).execute()
     nb.metadata = nbformat.from_dict(KERNEL)
     for cell in nb.cells:
         cell.metadata = {}

@@ -140,6 +140,14 @@ def test_stderr_goes_to_the_log_as_the_readme_says(short_dir):
         wait_until(lambda: "a remark" in (short_dir / "log").read_text(), "it is in the log")
 
 
+def test_logging_shows_what_the_readme_says(short_dir):
+    said, = re.findall(r"`(logging.basicConfig\(.*?\))`", README)
+    code = PROGRAMS["digest.py"].replace("import hashlib\n", f"import hashlib, logging; {said}\n")
+    with program(code.replace("self.print()", "1 / 0"), short_dir):
+        assert ask(short_dir / "fcgi.sock")[0] == 500
+        wait_until(lambda: "ZeroDivisionError" in (short_dir / "log").read_text(), "the traceback is in the log")
+
+
 def test_commands_of_the_readme_run_the_program_as_cgi(short_dir):
     (short_dir / "hello.py").write_text(PROGRAMS["hello.py"], encoding="utf-8")
     command, = (o for k, o in BLOCKS if k == "sh" and "GATEWAY_INTERFACE" in o)

@@ -33,14 +33,14 @@ def refresh():
 def test_notebook_runs_and_prints_what_it_says(name, refresh, tmp_path, short_dir, monkeypatch):
     from nbclient.exceptions import CellExecutionError
     copytree(NBS, tmp_path / "nbs", ignore=ignore_patterns(".*", "__pycache__"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    (tmp_path / "ipython").mkdir()
-    monkeypatch.setenv("TMPDIR", str(short_dir))
+    for o in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        (short_dir / o).mkdir(mode=0o700)
+        monkeypatch.setenv(o, str(short_dir / o))
     before, error = {*(tmp_path / "nbs").rglob("*")}, ""
     try: nb = refresh.run(tmp_path / "nbs" / name)
     except CellExecutionError as e: error = re.sub(r"\x1b\[[\d;]*m", "", str(e))
     if error: pytest.fail(error, pytrace=False)
-    assert {*(tmp_path / "nbs").rglob("*"), *short_dir.iterdir()} == before, "it leaves files behind"
+    assert {*(tmp_path / "nbs").rglob("*"), *(short_dir / "TMPDIR").iterdir()} == before, "it leaves files behind"
     assert refresh.nbformat.writes(nb) + "\n" == (NBS / name).read_text(encoding="utf-8"), "see `make readme`"
 
 
