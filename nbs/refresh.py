@@ -30,6 +30,7 @@ def run(path):
     for cell in nb.cells:
         cell.metadata = {}
         if cell.cell_type != "code": continue
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]  # notices, of this machine
         cell.execution_count = None
         for o in cell.outputs:
             if "execution_count" in o: o.execution_count = None

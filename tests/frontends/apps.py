@@ -63,8 +63,9 @@ class Call:
         await self.stdout.write("".join(o + "\r\n" for o in (*lines, "")).encode())
 
     async def json(self, value):
-        await self.head("application/json")
-        await self.stdout.write(json.dumps(value).encode())
+        body = json.dumps(value).encode()
+        await self.head("application/json", Content_Length=len(body))
+        await self.stdout.write(body)
 
     async def wait(self):
         """Until the test opens the gate."""

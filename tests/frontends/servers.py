@@ -6,6 +6,7 @@ A front end is a template beside this file; `{{NAME}}` in it is a value, `{{othe
 directory, its document root and its log are new each time, so any number may run at once, as root (where workers
 become `nobody`) and as an ordinary user. An application's address is a Unix socket's path or a (host, port).
 """
+import asyncio
 import grp
 import os
 import pwd
@@ -17,11 +18,16 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import pytest
+
+from fastcgi.aio import AsyncFcgiHandler, AsyncFcgiServer
+from fastcgi.server import FcgiThreadingServer
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
@@ -198,3 +204,42 @@ def frontend(
                     return
                 if last: pytest.fail(f"{name} ended with status {web.proc.returncode}:\n{web.log()}")
             finally: stop(web.proc)
+
+
+# Applications in a thread of the tests, where those want to look inside
+
+@contextmanager
+def application(handler: type, address: Address) -> Iterator:
+    """The running server of an `FcgiHandler` or `AsyncFcgiHandler` class, at a path or a (host, port)."""
+    options = {} if isinstance(address, tuple) else {"mode": 0o666}  # the web server's workers are somebody else
+    serve = serve_async if issubclass(handler, AsyncFcgiHandler) else serve_threading
+    with serve(handler, address, options) as srv: yield srv
+
+
+@contextmanager
+def serve_threading(handler, address, options):
+    with type("Server", (FcgiThreadingServer,), options)(handler, address) as srv:
+        thread = Thread(target=srv.serve_forever, args=(.01,))
+        thread.start()
+        try: yield srv
+        finally:
+            srv.shutdown()
+            thread.join()
+
+
+@contextmanager
+def serve_async(handler, address, options):
+    started = Future()
+
+    async def serve():
+        async with AsyncFcgiServer(handler, address, graceful_timeout=.1, **options) as srv:
+            started.set_result(srv)
+            await srv.serve_forever()
+
+    thread = Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    srv = started.result(10)
+    try: yield srv
+    finally:
+        asyncio.run_coroutine_threadsafe(srv.shutdown(wait=False), srv.get_loop())
+        thread.join()
