@@ -4,7 +4,7 @@ VENV   ?= .venv
 PORT   ?= 8000
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-COVERED := core connection streams handler
+COVERED := core connection streams handler aio response
 METADATA := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help

@@ -3,7 +3,6 @@
 `@fastcgi()` makes a server of a CGI function, `FcgiHandler` serves requests in the way of `socketserver`, and
 `MinimalHTTPHandler` is its sibling for HTTP. `os` and `sys` are here so that a CGI script needs one import.
 """
-import logging
 import os
 import sys
 from importlib import import_module
@@ -46,10 +45,9 @@ __all__ = (
 
 _LATER = {  # modules that not every program needs are imported when one of their names is first asked for
     "AsyncFcgiHandler": "aio", "AsyncFcgiServer": "aio", "AsyncFcgiClient": "aioclient", "FcgiClient": "client",
-    "HandlerException": "http", "MinimalHTTPHandler": "http", "ReuseThreadingServer": "http", "HttpResponseMixin": "response",
-    "AsyncHttpResponseMixin": "response", "FcgiServer": "server", "FcgiThreadingServer": "server"}
-
-logging.getLogger("fastcgi").addHandler(logging.NullHandler())
+    "HandlerException": "http", "MinimalHTTPHandler": "http", "ReuseThreadingServer": "http",
+    "HttpResponseMixin": "response", "AsyncHttpResponseMixin": "response", "FcgiServer": "server",
+    "FcgiThreadingServer": "server"}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import Any
 
 from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange, Input, Refused
-from .core import Bytes, Request
+from .core import MAX_CONTENT, Bytes, Request
 from .errors import RemoteProtocolError, RequestAborted
 from .request import FcgiRequest, crlf, write_log
 from .sockets import allowed_peers, listen, parse_address, peer_allowed, remove
@@ -33,7 +33,7 @@ __all__ = ("AsyncFcgiHandler", "AsyncFcgiServer")
 log = logging.getLogger("fastcgi.aio")
 
 HIGH = 1 << 16  # bytes of a request's unread input at which its connection is no longer read, if it carries no other
-SLICE = 1 << 18  # bytes of one `write` that are handed to the transport at a time
+SLICE = 4 * MAX_CONTENT  # bytes of one `write` that are handed to the transport at a time
 SWEEP = 1.0  # seconds between looks for connections whose time is up
 CLEANUP = 5.0  # seconds that cancelled requests have to end in `shutdown`
 PAUSE = 0.1  # seconds without accepting when descriptors have run out

@@ -48,10 +48,13 @@ def _environ(
     params: Mapping[str, str],  # of the request
 ) -> Iterator[None]:
     "Let `os.environ`, and so the environment of children, be our own with `params` over it."
-    before = dict(os.environ)
-    _change_environ({**before, **{k: v for k, v in params.items() if _is_variable(k, v)}})
-    try: yield
-    finally: _change_environ(before)
+    ours, before = os.environ, dict(os.environ)
+    try:
+        _change_environ({**before, **{k: v for k, v in params.items() if _is_variable(k, v)}})
+        yield
+    finally:
+        os.environ = ours  # noqa: B003 - the program may have put something else there
+        _change_environ(before)
 
 
 def _is_variable(name: str, value: str) -> bool:
@@ -68,9 +71,11 @@ def _change_environ(wanted: Mapping[str, str]) -> None:
 
 @contextmanager
 def _directory() -> Iterator[None]:
-    before = os.getcwd()
+    before = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # its name may change or go meanwhile
     try: yield
-    finally: os.chdir(before)
+    finally:
+        try: os.fchdir(before)
+        finally: os.close(before)
 
 
 @contextmanager
@@ -87,7 +92,9 @@ def _standard_streams(handler: FcgiHandler) -> Iterator[None]:
     sys.stdin, sys.stdout, sys.stderr = mine
     try: yield
     finally:
-        sys.stdin, sys.stdout, sys.stderr = before
         stdout.held = stderr.held = True
+        for f in (sys.stdout, sys.stderr):  # the program may have put others there
+            with suppress(Exception): f.flush()
+        sys.stdin, sys.stdout, sys.stderr = before
         for f in mine:  # detaching flushes; and who kept one gets a ValueError, not the next request
             with suppress(ValueError, OSError): f.detach()

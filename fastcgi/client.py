@@ -28,8 +28,8 @@ from .core import FCGI_KEEP_CONN, HEADER, MAX_CONTENT, Bytes, Request, Role, Sta
 from .errors import ConnectionLost, FcgiError, LimitExceeded, LocalProtocolError, RemoteProtocolError, RequestAborted
 from .sockets import AddressError, AddressLike, no_delay, parse_address
 
-__all__ = ("FcgiClient", "Answer", "Response", "Headers", "Head", "parse_head", "ClientConnection", "ClientLimits", "Call",
-           "ClientEvent", "ResponseHead", "Stdout", "Stderr", "Failed", "EndRequest", "Values", "UnknownType")
+__all__ = ("FcgiClient", "Answer", "Response", "Headers", "Head", "parse_head", "ClientConnection", "ClientLimits",
+           "Call", "ClientEvent", "ResponseHead", "Stdout", "Stderr", "Failed", "EndRequest", "Values", "UnknownType")
 
 # Plain ints: an IntEnum member costs several times as much to compare.
 (BEGIN_REQUEST, ABORT_REQUEST, END_REQUEST, PARAMS, STDIN, STDOUT, STDERR, DATA, GET_VALUES, GET_VALUES_RESULT,

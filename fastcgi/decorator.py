@@ -62,12 +62,12 @@ def _is_option(cls: type, name: str) -> bool:
 
 def _main(func: Callable[[], Any], address: Any, server: type[CGIServer], handler: type[CGIHandler]) -> None:
     "Run in the way in which this program was started."
-    if is_listening(0): address = "fd:0"
-    elif systemd_sockets(): address = "systemd"
-    elif is_cgi(): return run_as_cgi(func)
-    # A program may set up logging, a library may not; here we are the program, unless it has done so itself.
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
+        if is_listening(0): address = "fd:0"
+        elif systemd_sockets(): address = "systemd"
+        elif is_cgi(): return run_as_cgi(func)
+        # A program may set up logging, a library may not; here we are the program, unless it has done so itself.
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         with server(address, handler) as srv:
             log.info("serving %s at %s; Ctrl-C ends it", func.__name__, address)
             srv.serve_forever()

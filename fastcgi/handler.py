@@ -25,6 +25,8 @@ __all__ = ("FcgiHandler",)
 
 log = logging.getLogger("fastcgi.handler")
 
+FRESH = .5  # seconds to begin the first request when the server stops: no web server repeats one that is lost there
+
 
 class FcgiHandler(FcgiRequest, BaseRequestHandler):
     """Answers FastCGI requests. Subclass it and override `handle`.
@@ -164,7 +166,7 @@ class _Session(Channel):
         self.cls = cls = type(handler)
         self.fixed = vars(handler).copy()  # what a subclass's __init__ set before
         self.server = server
-        super().__init__(request, Connection(cls, partial(_values, server)), cls.timeout, client_address)
+        Channel.__init__(self, request, Connection(cls, partial(_values, server)), cls.timeout, client_address)
 
     def run(self, handler: FcgiHandler | None = None) -> None:
         "Serve what is there; return when the connection is done with, or parked."
@@ -209,12 +211,16 @@ class _Session(Channel):
         server, idle = self.server, what == "request"
         alone = not isinstance(server, (ThreadingMixIn, ForkingMixIn))
         if alone and (park := getattr(server, "park", None)):
-            park(self.socket, self.run, self.until, not idle)
+            park(self.socket, self.run, self.until, math.inf if not idle else 0 if self.served else FRESH)
             return False
         watch = select.poll()
         watch.register(self.socket, select.POLLIN)
         if alone and idle and self.served and hasattr(server, "fileno"): watch.register(server, select.POLLIN)
+        told = getattr(server, "idle", None) if idle else None  # who is told when a `PreForkMixIn` stops
+        if told is not None: told.add(self.socket)
+        if told is not None and server.leaving: return self.expired()
         ready = dict(watch.poll(None if self.until is None else max(self.until - monotonic(), 0) * 1000))
+        if told is not None: told.discard(self.socket)
         return self.socket.fileno() in ready or self.expired()
 
     def expired(self) -> bool:

@@ -18,13 +18,13 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from socketserver import ForkingMixIn, TCPServer, ThreadingMixIn, UnixStreamServer
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .sockets import listen, parse_address, remove
+from .sockets import allowed_peers, listen, parse_address, peer_allowed, remove
 
 if TYPE_CHECKING:
     from typing import IO
@@ -37,6 +37,7 @@ log = logging.getLogger("fastcgi.server")
 
 SWEEP = 1.0  # seconds between looks for parked connections whose time is up
 PAUSE = 0.1  # seconds without accepting when descriptors have run out
+TICK = 0.1  # seconds between looks at who may still stay when we stop
 SLOWEST = 5.0  # seconds at most before a worker that died young is replaced
 BURST = 16  # connections served between two looks at the poller
 YOUNG = 1.0  # seconds of life below which a worker's death may be the application's fault at start
@@ -59,20 +60,35 @@ class PreForkMixIn(Base):
     mode: int | None = None  # of the socket file, see `listen`
     user: str | int | None = None  # its owner
     group: str | int | None = None  # its group: the web server's
+    web_server_addrs: str | Iterable[str] | None = None  # TCP peers to accept; None: as FCGI_WEB_SERVER_ADDRS says
 
-    park: Callable[[socket.socket, Callable[[], None], float | None, bool], None] | None = None
-    _stopping = _inherited = False
+    park: Callable[[socket.socket, Callable[[], None], float | None, float], None] | None
+    idle: set[socket.socket]  # connections whose threads wait for a request ...
+    leaving: bool  # ... and may not any longer, as we stop
+    _stopping = _at_once = _inherited = False
+    _allowed: frozenset[bytes] | None = None  # peers, where they are limited
     _worker: _Worker | None = None
     _accept_lock: IO[bytes] | None = None
     _alarm: _Alarm | None = None
-    _is_down: threading.Event
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        self._is_down = threading.Event()
+        super().__init__(*args, **kw)
 
     def server_bind(self) -> None:
         address: Any = self.server_address
+        addrs = self.web_server_addrs
+        self._allowed = allowed_peers(os.environ.get("FCGI_WEB_SERVER_ADDRS") if addrs is None else addrs)
         self._inherited = parse_address(address).kind not in ("unix", "tcp")
         self.socket.close()
         self.socket = listen(address, backlog=self.request_queue_size, mode=self.mode, user=self.user, group=self.group)
         self.address_family, self.server_address = self.socket.family, self.socket.getsockname()
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        "Whether the peer is among the web servers (spec 3.2)."
+        if self._allowed is None or peer_allowed(client_address, self._allowed): return True
+        log.warning("connection refused: peer=%r is not among the web servers", client_address)
+        return False
 
     def server_activate(self) -> None:
         "The socket listens since `server_bind`."
@@ -92,12 +108,13 @@ class PreForkMixIn(Base):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         "Serve until SIGTERM, SIGINT (both in the main thread only) or `shutdown`. `poll_interval` is not needed."
-        self._stopping, self._is_down = False, threading.Event()
+        self._is_down.clear()
         try:
             if self.workers: self._supervise()
             else: self._work(None)
         finally:
             self._alarm = self._worker = self.park = None
+            self._stopping = self._at_once = False
             self._is_down.set()
 
     def shutdown(self) -> None:
@@ -119,17 +136,21 @@ class PreForkMixIn(Base):
             self._alarm = alarm
             while not self._stopping:
                 now = monotonic()
-                while len(children) < self.workers and now >= spawn_at:
-                    children[self._spawn(alarm, lifeline, held)] = now
+                try:
+                    while len(children) < self.workers and now >= spawn_at:
+                        children[self._spawn(alarm, lifeline, held)] = now
+                except OSError as e:
+                    log.error("cannot start a worker: %s", e.strerror)
+                    spawn_at = now + SLOWEST
                 alarm.wait(max(spawn_at - now, 0) if len(children) < self.workers else None)
                 for pid, status, started in _reap(children):
                     if not status: continue
                     log.warning("worker ended and is replaced pid=%d %s", pid, _how(status))
                     failures = failures + 1 if monotonic() - started < YOUNG else 0
-                    spawn_at = monotonic() + min(.1 * 2 ** failures, SLOWEST) if failures else 0
+                    spawn_at = monotonic() + _pause(failures)
             os.close(held)
-            self._stopping, until = False, monotonic() + self.graceful_timeout
-            while children and not self._stopping and (left := until - monotonic()) > 0:
+            until = monotonic() + self.graceful_timeout
+            while children and not self._at_once and (left := until - monotonic()) > 0:
                 alarm.wait(left)
                 _reap(children)
             for pid in children:
@@ -140,7 +161,7 @@ class PreForkMixIn(Base):
         if self._accept_lock: self._accept_lock.close()
 
     def _told_to_stop(self, signum: int) -> None:
-        if signum != signal.SIGCHLD: self._stopping = True
+        if signum != signal.SIGCHLD: self._at_once, self._stopping = self._stopping, True
 
     def _spawn(self, alarm: _Alarm, lifeline: int, held: int) -> int:
         _flush()
@@ -152,6 +173,7 @@ class PreForkMixIn(Base):
             os.close(held)
             alarm.forget()
             self._work(lifeline)
+            self.server_close()  # waits for threads
             status = 0
         except BaseException: log.exception("worker failed pid=%d", os.getpid())
         finally:
@@ -180,7 +202,7 @@ class Parked(NamedTuple):
     request: socket.socket
     resume: Callable[[], None]  # to call when it is readable, or its time is up
     until: float | None  # monotonic time when that is
-    busy: bool  # in the middle of a request, so not simply closed when we stop
+    stay: float  # seconds that it may stay when we stop: 0 where it is idle
 
 
 class _Worker:
@@ -196,6 +218,7 @@ class _Worker:
         self.paused_until = 0.0  # monotonic time, while descriptors have run out
         self.turns = 0
         self.quiet: float = 0  # connections to accept before another may be tried without a look at the poller
+        server.idle, server.leaving = set(), False
         if not isinstance(server, (ThreadingMixIn, ForkingMixIn)): server.park = self.park
         if not server._inherited: server.socket.setblocking(False)  # siblings wake for the same connection
         if server.socket.gettimeout() is None: self.quiet = math.inf  # it would block
@@ -218,13 +241,12 @@ class _Worker:
                 sweep_at = now + tick
                 self._sweep(now)
             server.service_actions()
-            if server.max_requests and self.turns >= server.max_requests: server._stopping = True
         self._finish()
 
-    def park(self, request: socket.socket, resume: Callable[[], None], until: float | None, busy: bool) -> None:
+    def park(self, request: socket.socket, resume: Callable[[], None], until: float | None, stay: float) -> None:
         "Take a connection whose peer has nothing for us, to be resumed when it has, or at `until`."
         fd = request.fileno()
-        self.parked[fd] = Parked(request, resume, until, busy)
+        self.parked[fd] = Parked(request, resume, until, stay)
         if fd not in self.watched:
             self.watched.add(fd)
             self.poller.register(fd, select.POLLIN)
@@ -277,6 +299,7 @@ class _Worker:
         except BaseException:
             server.shutdown_request(request)
             raise
+        if self.turns == server.max_requests: server._stopping = True
 
     def forget(self, fd: int) -> None:
         "The connection `fd` is about to be closed."
@@ -303,13 +326,19 @@ class _Worker:
     def _finish(self) -> None:
         "Let what was begun end, within `graceful_timeout`."
         self._watch_listener()
-        until = monotonic() + self.server.graceful_timeout
-        while (left := until - monotonic()) > 0:
-            for parked in [o for o in self.parked.values() if not o.busy]: self.server.close_request(parked.request)
+        if self.lifeline is not None: self.poller.unregister(self.lifeline)  # that it ended would be news for ever
+        server = self.server
+        server.leaving = True
+        for request in list(server.idle):
+            with suppress(OSError): request.shutdown(socket.SHUT_RD)  # which its thread notices
+        start = monotonic()
+        while (spent := monotonic() - start) < server.graceful_timeout:
+            for request in [o.request for o in self.parked.values() if spent >= o.stay]: server.close_request(request)
             if not self.parked: return
-            for fd, _ in self.poller.poll(min(left, SWEEP) * self.per_second):
+            for fd, _ in self.poller.poll(TICK * self.per_second):
                 if fd in self.parked: self._resume(fd)
                 elif fd == self.alarm.fd: self.alarm.clear()
+            self._sweep(monotonic())
 
 
 class _Alarm:
@@ -365,8 +394,13 @@ def _reap(children: dict[int, float], options: int = os.WNOHANG) -> list[tuple[i
 
 
 def _how(status: int) -> str:
-    if os.WIFSIGNALED(status): return f"signal={signal.Signals(os.WTERMSIG(status)).name}"
-    return f"exit={os.WEXITSTATUS(status)}"
+    if not os.WIFSIGNALED(status): return f"exit={os.WEXITSTATUS(status)}"
+    return f"signal={getattr(signal.Signals._value2member_map_.get(n := os.WTERMSIG(status)), 'name', n)}"
+
+
+def _pause(failures: int) -> float:
+    "Seconds before a worker is replaced, after so many that died young."
+    return min(.1 * 2 ** min(failures, 9), SLOWEST) if failures else 0
 
 
 def _flush() -> None:

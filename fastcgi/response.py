@@ -15,6 +15,7 @@ __all__ = ("HttpResponseMixin", "AsyncHttpResponseMixin", "pack_head", "has_body
 
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-connection", "te", "trailer",
               "transfer-encoding", "upgrade"}  # the web server's affair (RFC 9110 7.6.1)
+NOT_SENT = HOP_BY_HOP | {"status"}  # in a CGI response that is no header of HTTP's, and `pack_head` has said it
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a token (RFC 9110 5.1)
 _BREAK = re.compile(r"[\r\n\0]")
 _PHRASES = {o.value: o.phrase for o in HTTPStatus}
@@ -44,15 +45,16 @@ def pack_head(
         name, colon, value = header.partition(":") if isinstance(header, str) else (header[0], ":", header[1])
         if not colon or not _NAME.fullmatch(name): raise ValueError(f"bad header name: {name!r}")
         if _BREAK.search(value): raise ValueError(f"line break or NUL in the value of {name}: {value!r}")
-        if name.lower() not in HOP_BY_HOP: lines.append(f"{name}: {value.strip()}")
+        if name.lower() not in NOT_SENT: lines.append(f"{name}: {value.strip()}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape")
 
 
 def _document(
-    code: int, mime_type: str, data: Any, json: Any, extra_headers: Iterable[Header],
+    code: int, mime_type: str | None, data: Any, json: Any, extra_headers: Iterable[Header],
 ) -> tuple[bytes, Any]:  # the head; the body: bytes or a callable that makes it
     "What both mixins' `send_response` answers with."
     if data is not None and json is not None: raise ValueError("give data or json, not both")
+    mime_type = mime_type or "text/plain"
     if json is not None and mime_type == "text/plain": mime_type = "application/json"
     if json is None and data is None: data = f"{reason(code)}\r\n" if mime_type == "text/plain" else b""
     elif json is not None or ("json" in mime_type and not isinstance(data, (str, bytes, bytearray, memoryview))
@@ -79,7 +81,7 @@ class HttpResponseMixin:
         self,
         code: int,  # the HTTP status
         /,
-        mime_type: str = "text/plain",  # text types get `charset=utf-8`
+        mime_type: str | None = "text/plain",  # text types get `charset=utf-8`
         data: Any = None,  # bytes, str, a callable generator of them, or, for a JSON type, any object
         *,
         json: Any = None,  # any object, sent as application/json; instead of `data`
@@ -115,8 +117,8 @@ class AsyncHttpResponseMixin:
     write: Any
     flush: Any
 
-    async def send_response(self, code: int, /, mime_type: str = "text/plain", data: Any = None, *, json: Any = None,
-                            extra_headers: Iterable[Header] = ()) -> None:
+    async def send_response(self, code: int, /, mime_type: str | None = "text/plain", data: Any = None, *,
+                            json: Any = None, extra_headers: Iterable[Header] = ()) -> None:
         "As `HttpResponseMixin.send_response`; a callable `data` is an async generator."
         head, body = _document(code, mime_type, data, json, extra_headers)
         wanted = has_body(code, self.environ.get("REQUEST_METHOD", ""))

@@ -4,14 +4,11 @@ They take any address too. One process; a `PreForkMixIn` has several.
 """
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 
-from .prefork import PreForkMixIn, log
-from .sockets import allowed_peers, peer_allowed
+from .prefork import PreForkMixIn
 
 __all__ = ("FcgiServer", "FcgiThreadingServer")
 
@@ -23,7 +20,6 @@ class FcgiServer(PreForkMixIn, TCPServer):
     as it was found.
     """
     workers = 0
-    web_server_addrs: str | Iterable[str] | None = None  # peers to accept; None: as FCGI_WEB_SERVER_ADDRS says
 
     def __init__(
         self,
@@ -32,15 +28,7 @@ class FcgiServer(PreForkMixIn, TCPServer):
     ) -> None:
         "Raises `AddressError` with one clear line where there is no listening socket."
         address: Any = sys.stdin.fileno() if sockfd is None else sockfd
-        addrs = self.web_server_addrs
-        self._allowed = allowed_peers(os.environ.get("FCGI_WEB_SERVER_ADDRS") if addrs is None else addrs)
         super().__init__(address, handler)
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        "Whether the peer is among the web servers."
-        if peer_allowed(client_address, self._allowed): return super().verify_request(request, client_address)
-        log.warning("connection refused: peer=%r is not among the web servers", client_address)
-        return False
 
 
 class FcgiThreadingServer(ThreadingMixIn, FcgiServer):
