@@ -142,7 +142,6 @@ def pack_pairs(
 
 def unpack_pairs(
     data: Bytes,  # whole name-value pairs
-    max_pairs: int = 1 << 31,  # more raise `LimitExceeded`
 ) -> list[tuple[bytes, bytes]]:  # names and values in their order, repeated names included
     "Decode name-value pairs (spec 3.4). Raises `RemoteProtocolError` if the last pair is cut."
     data = bytes(data)
@@ -154,7 +153,6 @@ def unpack_pairs(
         value = at + nlen
         stop = value + vlen
         if stop > end: raise RemoteProtocolError(f"name-value pair of {nlen}+{vlen} bytes in the last {end - at}")
-        if len(pairs) == max_pairs: raise LimitExceeded("max_pairs", max_pairs, max_pairs + 1)
         pairs.append((data[at:value], data[value:stop]))
         at = stop
     return pairs
@@ -190,24 +188,28 @@ def unpack_params(
     """
     data = bytes(data)
     end, at, n = len(data), 0, 0
-    if end > 2 * max_pairs: unpack_pairs(data, max_pairs)  # a pair takes 2 bytes, so fewer need no count
     ascii = data.isascii()
     data += b"\x80"  # a sentinel: with a last odd byte it makes a pair that passes the end
     text = data.decode("latin-1")  # one character a byte: decode once, slice often
     params: dict[str, str] = {}
-    while at < end and ascii:  # so no length takes 4 bytes: the usual request, and the hot loop of this library
-        name = at + 2
-        value = name + data[at]
-        at = value + data[at + 1]
-        params[text[name:value]] = text[value:at]
-        n += 1
     while at < end:
-        name, nlen = _unpack_len(data, at)
-        name, vlen = _unpack_len(data, name)
-        value = name + nlen
-        at = value + vlen
-        params[text[name:value]] = text[value:at]
-        n += 1
+        if n == max_pairs: raise LimitExceeded("max_pairs", max_pairs, n + 1)
+        stop = min(end, at + 2 * (max_pairs - n))  # a pair takes 2 bytes at least, so up to there are not too many
+        while at < stop and ascii:  # so no length takes 4 bytes: the usual request, and the hot loop of this library
+            name = at + 2
+            value = name + data[at]
+            at = value + data[at + 1]
+            params[text[name:value]] = text[value:at]
+            n += 1
+        while at < stop:
+            name, nlen, vlen = at + 2, data[at], data[at + 1]
+            if nlen > 0x7F or vlen > 0x7F:
+                name, nlen = _unpack_len(data, at)
+                name, vlen = _unpack_len(data, name)
+            value = name + nlen
+            at = value + vlen
+            params[text[name:value]] = text[value:at]
+            n += 1
     if at > end: raise RemoteProtocolError(f"last name-value pair passes the end by {at - end} bytes")
     if len(params) != n: params = _join_repeated(unpack_pairs(data[:-1]))
     if ascii: return params
