@@ -48,9 +48,9 @@ def _environ(
     params: Mapping[str, str],  # of the request
 ) -> Iterator[None]:
     "Let `os.environ`, and so the environment of children, be our own with `params` over it."
-    ours, before = os.environ, dict(os.environ)
+    ours, before = os.environ, dict(os.environb)
     try:
-        _change_environ({**before, **{k: v for k, v in params.items() if _is_variable(k, v)}})
+        _change_environ({**before, **{_raw(k): _raw(v) for k, v in params.items() if _is_variable(k, v)}})
         yield
     finally:
         os.environ = ours  # noqa: B003 - the program may have put something else there
@@ -61,12 +61,15 @@ def _is_variable(name: str, value: str) -> bool:
     return bool(name) and "=" not in name and "\0" not in name and "\0" not in value and not _OURS.match(name)
 
 
-def _change_environ(wanted: Mapping[str, str]) -> None:
-    "Make `os.environ` equal to `wanted`, touching only what differs: each change is a call of putenv(3)."
-    now = dict(os.environ)
-    for name in now.keys() - wanted.keys(): del os.environ[name]
+def _raw(s: str) -> bytes: return s.encode("utf-8", "surrogateescape")  # whatever the locale's encoding is
+
+
+def _change_environ(wanted: Mapping[bytes, bytes]) -> None:
+    "Make the environment equal to `wanted`, touching only what differs: each change is a call of putenv(3)."
+    now = dict(os.environb)
+    for name in now.keys() - wanted.keys(): del os.environb[name]
     for name, value in wanted.items():
-        if now.get(name) != value: os.environ[name] = value
+        if now.get(name) != value: os.environb[name] = value
 
 
 @contextmanager

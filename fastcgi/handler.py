@@ -210,17 +210,19 @@ class _Session(Channel):
             self.until = min(now + self.cls.linger_timeout, self.until or math.inf)
         server, idle = self.server, what == "request"
         alone = not isinstance(server, (ThreadingMixIn, ForkingMixIn))
+        stay = math.inf if not idle else 0 if self.served else FRESH  # seconds, when a `PreForkMixIn` stops
         if alone and (park := getattr(server, "park", None)):
-            park(self.socket, self.run, self.until, math.inf if not idle else 0 if self.served else FRESH)
+            park(self.socket, self.run, self.until, stay)
             return False
         watch = select.poll()
         watch.register(self.socket, select.POLLIN)
         if alone and idle and self.served and hasattr(server, "fileno"): watch.register(server, select.POLLIN)
-        told = getattr(server, "idle", None) if idle else None  # who is told when a `PreForkMixIn` stops
-        if told is not None: told.add(self.socket)
-        if told is not None and server.leaving: return self.expired()
+        told = getattr(server, "idle", None) if idle else None
+        if told is not None:
+            told[self.socket] = stay
+            if server.leaving: self.until = now + stay
         ready = dict(watch.poll(None if self.until is None else max(self.until - monotonic(), 0) * 1000))
-        if told is not None: told.discard(self.socket)
+        if told is not None: del told[self.socket]
         return self.socket.fileno() in ready or self.expired()
 
     def expired(self) -> bool:

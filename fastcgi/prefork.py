@@ -63,8 +63,8 @@ class PreForkMixIn(Base):
     web_server_addrs: str | Iterable[str] | None = None  # TCP peers to accept; None: as FCGI_WEB_SERVER_ADDRS says
 
     park: Callable[[socket.socket, Callable[[], None], float | None, float], None] | None
-    idle: set[socket.socket]  # connections whose threads wait for a request ...
-    leaving: bool  # ... and may not any longer, as we stop
+    idle: dict[socket.socket, float]  # connections whose threads wait for a request; seconds they may when we stop
+    leaving: bool  # we stop
     _stopping = _at_once = _inherited = False
     _allowed: frozenset[bytes] | None = None  # peers, where they are limited
     _worker: _Worker | None = None
@@ -218,7 +218,7 @@ class _Worker:
         self.paused_until = 0.0  # monotonic time, while descriptors have run out
         self.turns = 0
         self.quiet: float = 0  # connections to accept before another may be tried without a look at the poller
-        server.idle, server.leaving = set(), False
+        server.idle, server.leaving = {}, False
         if not isinstance(server, (ThreadingMixIn, ForkingMixIn)): server.park = self.park
         if not server._inherited: server.socket.setblocking(False)  # siblings wake for the same connection
         if server.socket.gettimeout() is None: self.quiet = math.inf  # it would block
@@ -329,16 +329,17 @@ class _Worker:
         if self.lifeline is not None: self.poller.unregister(self.lifeline)  # that it ended would be news for ever
         server = self.server
         server.leaving = True
-        for request in list(server.idle):
-            with suppress(OSError): request.shutdown(socket.SHUT_RD)  # which its thread notices
-        start = monotonic()
+        start, wait = monotonic(), 0.0
         while (spent := monotonic() - start) < server.graceful_timeout:
-            for request in [o.request for o in self.parked.values() if spent >= o.stay]: server.close_request(request)
-            if not self.parked: return
-            for fd, _ in self.poller.poll(TICK * self.per_second):
+            for fd, _ in self.poller.poll(wait * self.per_second):  # at first what has arrived meanwhile
                 if fd in self.parked: self._resume(fd)
                 elif fd == self.alarm.fd: self.alarm.clear()
+            for request in [o.request for o in self.parked.values() if spent >= o.stay]: server.close_request(request)
+            for request in [o for o, stay in server.idle.copy().items() if spent >= stay]:
+                with suppress(OSError): request.shutdown(socket.SHUT_RD)  # which its thread notices
+            if not self.parked and not server.idle: return
             self._sweep(monotonic())
+            wait = TICK
 
 
 class _Alarm:

@@ -415,15 +415,17 @@ def ask(handler, *data: bytes, eof: bool = False, server=None) -> list[Answer]:
 class Program(subprocess.Popen):
     """A Python program of its own session, with warnings as errors: `Program("-c", code, ...)`, or a file's path.
 
-    `said()` is what it has written to both outputs so far. After a `with` block nothing of its session is left.
+    `shell`, a command of sh(1), execs it as "$@". `said()` is what it has written to both outputs so far. After a
+    `with` block nothing of its session is left.
     """
 
-    def __init__(self, *args, env=None, **kw) -> None:
-        self.output = tempfile.TemporaryFile()  # noqa: SIM115
+    def __init__(self, *args, env=None, shell: str | None = None, **kw) -> None:
+        self.output = tempfile.TemporaryFile()
         kw = dict(stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, start_new_session=True) | kw
         path = os.pathsep.join(x for x in (str(HERE.parent), os.environ.get("PYTHONPATH")) if x)
         env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **(env or {})}
-        super().__init__([sys.executable, *map(str, args)], env=env, **kw)
+        command = [sys.executable, *map(str, args)]
+        super().__init__(["sh", "-c", shell, "sh", *command] if shell else command, env=env, **kw)
 
     def said(self) -> str: return os.pread(self.output.fileno(), 1 << 20, 0).decode()
 
