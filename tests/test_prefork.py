@@ -437,6 +437,28 @@ def test_shutdown_before_it_serves(short_dir):
         assert exchange(sock, request()).stdout == b"\n%d" % os.getpid()
 
 
+def test_serves_again_after_shutdown(short_dir):
+    class Server(PreForkUnixServer): workers = 0
+    with Server(str(short_dir / "s"), OK) as srv:
+        for _ in range(2):
+            thread = threading.Thread(target=srv.serve_forever)
+            thread.start()
+            with connect(srv.server_address) as sock:
+                assert exchange(sock, request(keep=True)).stdout == b"\n%d" % os.getpid()
+                srv.shutdown()
+                assert read_all(sock) == b""
+            thread.join(DEADLINE)
+
+
+def test_system_without_epoll(short_dir, monkeypatch):
+    monkeypatch.setattr(prefork, "_poller", lambda: (select.poll(), 1000))
+    monkeypatch.setattr(prefork, "_EXCLUSIVE", 0)
+    class Server(PreForkUnixServer): workers = 0
+    with serve(Server(str(short_dir / "s"), OK)) as srv, ExitStack() as stack:
+        socks = [stack.enter_context(connect(srv.server_address)) for _ in range(50)]
+        for sock in socks * 2: assert exchange(sock, request(keep=True)).stdout == b"\n%d" % os.getpid()
+
+
 def test_socket_file_of_somebody_else_stays(run):
     srv = run(workers=1)
     os.unlink(srv.address)
@@ -503,3 +525,4 @@ def test_inherited_socket_is_left_as_found(run, workers, blocking):
             for _ in range(20): stack.enter_context(connect(srv.address))
             srv.ask()
         assert srv.app.stop() == 0 and os.get_blocking(sock.fileno()) is blocking
+    assert "ResourceWarning" not in srv.app.said()
