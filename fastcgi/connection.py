@@ -207,7 +207,7 @@ class Exchange:
         self.answered = False  # some of STDOUT was written
         self._params: bytes | bytearray | None = b""  # PARAMS so far, None once they are complete
         self._stdout = bytearray()
-        self._stderr = bytearray()
+        self._stderr: bytes | bytearray = b""
         self._head_done = False  # the header block's blank line is in what was written
         self._scanned = 0  # bytes of `_stdout` known to hold no blank line
         self._err_used = False  # a STDERR record has left
@@ -257,7 +257,9 @@ class Exchange:
         "Send `data` to STDERR: with the next STDOUT, or once it fills a record. Dropped or refused as in `write`."
         if self.ended: raise LocalProtocolError("output after the end of the request", STDERR, self.id)
         view = memoryview(data).cast("B")
-        if not self._mute: self._stderr += view
+        if not self._mute:
+            if not self._stderr: self._stderr = bytearray()
+            self._stderr += view
         if len(self._stderr) > MAX_CONTENT: self._flush_err()
         return len(view)
 
@@ -308,7 +310,7 @@ class Exchange:
     def _silence(self) -> None:
         "Nobody is there to read an answer any more."
         self._mute = True
-        self._stdout, self._stderr = bytearray(), bytearray()
+        self._stdout, self._stderr = bytearray(), b""
 
     def _head_complete(self) -> bool:
         if not self._head_done:
@@ -325,7 +327,7 @@ class Exchange:
     def _flush_err(self) -> None:
         if self._stderr:
             self._records(STDERR, self._stderr)
-            self._stderr, self._err_used = bytearray(), True
+            self._stderr, self._err_used = b"", True
 
     def _records(self, typ: int, data: Bytes) -> None:
         out, view = self.connection.output, memoryview(data)

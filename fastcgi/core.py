@@ -195,12 +195,13 @@ def unpack_params(
     while at < end:
         if n == max_pairs: raise LimitExceeded("max_pairs", max_pairs, n + 1)
         stop = min(end, at + 2 * (max_pairs - n))  # a pair takes 2 bytes at least, so up to there are not too many
-        while at < stop and ascii:  # so no length takes 4 bytes: the usual request, and the hot loop of this library
-            name = at + 2
-            value = name + data[at]
-            at = value + data[at + 1]
-            params[text[name:value]] = text[value:at]
-            n += 1
+        if ascii:  # so no length takes 4 bytes: the usual request, and the hot loop of this library
+            while at < stop:
+                name = at + 2
+                value = name + data[at]
+                at = value + data[at + 1]
+                params[text[name:value]] = text[value:at]
+                n += 1
         while at < stop:
             name, nlen, vlen = at + 2, data[at], data[at + 1]
             if nlen > 0x7F or vlen > 0x7F:

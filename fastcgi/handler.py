@@ -141,7 +141,7 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
             self._failed(e)
             raise
         finally:
-            self._check_answer()
+            if not exchange.answered: self._check_answer()
             channel.end(exchange, self.app_status)
 
 
@@ -164,7 +164,8 @@ class _Session(Channel):
 
     def __init__(self, handler: FcgiHandler, request: Any, client_address: Any, server: Any) -> None:
         self.cls = cls = type(handler)
-        self.fixed = vars(handler).copy()  # what a subclass's __init__ set before
+        # what a subclass's own __init__ set before; to ask an empty handler for its dict would make all it does slower
+        self.fixed = {} if cls.__init__ is FcgiHandler.__init__ else vars(handler).copy()
         self.server = server
         Channel.__init__(self, request, Connection(cls, partial(_values, server)), cls.timeout, client_address)
 

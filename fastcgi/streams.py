@@ -86,9 +86,16 @@ class Channel:
         """
         while not stream.size:
             if stream.ended: return False
-            exchange.check()
-            if not self.receive(self.timeout): self.give_up("nothing was sent")
+            self.wait_for(exchange, stream)
         return True
+
+    def wait_for(self, exchange: Exchange, stream: Input) -> None:
+        "Take in what comes next, be it of `stream` or not. What it raises, and when, is in `fill`."
+        exchange.check()
+        if exchange.stdin.size + exchange.data.size - stream.size > self.connection.limits.max_buffer:
+            log.warning("connection closed: max_buffer exceeded by the stream that is not read, peer=%r", self.peer)
+            self.connection.send_failed()
+        elif not self.receive(self.timeout): self.give_up("nothing was sent")
 
     def send(self) -> None:
         "Send all that the connection has to send."
@@ -256,9 +263,7 @@ class OutputStream(io.BufferedIOBase):
 def read(channel: Channel, exchange: Exchange, stream: Input, size: int) -> bytes:
     "As `InputStream.read`. Nothing is allocated for bytes that have not arrived."
     if size < 0:
-        while not stream.ended:
-            exchange.check()
-            if not channel.receive(channel.timeout): channel.give_up("nothing was sent")
+        while not stream.ended: channel.wait_for(exchange, stream)
         return stream.take()
     if size <= stream.size: return stream.take(size)
     parts = []
