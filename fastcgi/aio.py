@@ -87,8 +87,8 @@ class AsyncFcgiHandler(FcgiRequest):
         return await self.read()
 
     async def content(self) -> str:
-        "All of STDIN that was not read yet, as UTF-8 text."
-        return (await self.read()).decode()
+        "All of STDIN that was not read yet, as UTF-8 text with surrogateescape."
+        return (await self.read()).decode("utf-8", "surrogateescape")
 
     def aborted(self) -> bool:
         "True once the web server aborted the request or closed the connection."
@@ -116,8 +116,8 @@ class AsyncFcgiHandler(FcgiRequest):
         return n
 
     async def send(self, c: Bytes | str, err: bool = False) -> int:
-        "Write bytes, or str as UTF-8."
-        return await self.write(c.encode() if isinstance(c, str) else c, err)
+        "Write bytes, or str as UTF-8 with surrogateescape: what came in `environ` may go out."
+        return await self.write(c.encode("utf-8", "surrogateescape") if isinstance(c, str) else c, err)
 
     async def print(self, s: str = "") -> None:
         "Write a line, and each line in it, to STDOUT with CRLF."
@@ -503,14 +503,15 @@ class AsyncFcgiServer:
         return {"FCGI_MAX_CONNS": "1000", "FCGI_MAX_REQS": str(self.handler.max_requests_held), "FCGI_MPXS_CONNS": "1"}
 
     async def serve_forever(self) -> None:
-        "Serve until `shutdown`, SIGTERM (in the main thread) or cancellation; then requests that run may end."
+        "Serve until `shutdown`, cancellation, or SIGTERM or SIGINT in the main thread; then requests that run may end."
         await self.start()
         loop = self.get_loop()
         main = threading.current_thread() is threading.main_thread()
-        if main: loop.add_signal_handler(signal.SIGTERM, self._stopped.set)
+        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+        for o in signals: loop.add_signal_handler(o, self._stopped.set)
         try: await self._stopped.wait()
         finally:
-            if main: loop.remove_signal_handler(signal.SIGTERM)
+            for o in signals: loop.remove_signal_handler(o)
             await self.shutdown()
 
     async def shutdown(self, wait: bool = True) -> None:

@@ -421,12 +421,16 @@ class AsyncFcgiClient:
                 link.opening.add_done_callback(_seen)
             link = link or min(self._links, key=lambda o: o.load)
             link.load += 1
+            new = not link.opening.done()
             try: await asyncio.shield(link.opening)  # others may wait for it too
             except BaseException:
                 link.free()
                 if link.opening.cancelled() and link.engine.error: raise link.engine.error from None
                 raise
             if not link.engine.error: return link
+            if new:  # it is the application's way, and not that of a connection that was kept too long
+                link.free()
+                raise link.engine.error
             link.load -= 1
 
     async def _open(self, link: _Link) -> None:

@@ -811,6 +811,24 @@ def test_a_peer_reads_what_the_client_sends_strictly(run, path):
         (False, h.STDOUT), (False, h.STDOUT), (False, h.END_REQUEST)]
 
 
+def test_an_application_that_closes_at_once_is_not_asked_for_ever(run, path):
+    accepted = []
+
+    async def main():
+        def refuse(reader, writer):
+            accepted.append(writer)
+            writer.transport.abort()
+        server = await asyncio.start_unix_server(refuse, path)
+        async with client(path) as c:
+            for _ in range(3):
+                with pytest.raises((ConnectionLost, AddressError)): await c.request(GET)
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+    assert len(accepted) <= 9  # a new connection is tried again once, as one that was kept may have been closed
+
+
 # php-fpm
 
 @pytest.mark.frontend

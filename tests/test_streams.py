@@ -187,6 +187,19 @@ def test_both_streams_of_a_filter():
         assert data.read() == b"ta"
 
 
+@pytest.mark.parametrize("read", [lambda f: f.read(), lambda f: f.read(1), lambda f: f.readline()])
+def test_stream_that_a_filter_does_not_read_is_bounded(read, caplog):
+    with opened(role=FILTER, timeout=DEADLINE, max_buffer=300_000) as (channel, exchange, theirs):
+        sender = threading.Thread(target=sendall, args=(theirs, stream(STDIN, bytes(4 << 20))))
+        sender.start()
+        with pytest.raises(ConnectionLost): read(InputStream(channel, exchange, exchange.data))
+        assert exchange.stdin.size < 300_000 + (1 << 17)
+        channel.socket.shutdown(socket.SHUT_RDWR)
+        sender.join(DEADLINE)
+    line, = caplog.messages
+    assert "max_buffer exceeded" in line
+
+
 def test_is_a_file():
     with stdin(stream(STDIN, 'a,"ü\r\nß"\r\n1,2\r\n'.encode())) as (file, _):
         assert isinstance(file, io.BufferedIOBase) and file.readable() and not file.closed
