@@ -290,7 +290,7 @@ class Exchange:
         self._status = app_status & 0xFFFFFFFF, protocol_status
         if self.stdin.size: self.stdin.clear()
         if self.data.size: self.data.clear()
-        if self.keep_conn and not self.complete and not self.aborted and not self._from_nginx(): self._flush()
+        if self.keep_conn and not self.complete and not self.aborted and not self._from_nginx(): self.flush()
         else: self._finish()
 
     def _from_nginx(self) -> bool: return self.environ.get("SERVER_SOFTWARE", "").startswith("nginx/")

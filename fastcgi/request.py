@@ -66,7 +66,8 @@ class FcgiRequest(Limits):
         "The application raised: tell the log, the web server's log, and, if it still can be told, the client."
         self.app_status, trace = 1, _trace(error) if isinstance(error, Exception) else ""
         if trace:
-            log.error("handler raised: %s\n%s", self._about(), trace.rstrip("\n").translate(KEEP_LINES))
+            shown = trace.rstrip("\n").translate(KEEP_LINES).replace("\n", "\n  ")  # no line can pose as an entry
+            log.error("handler raised: %s\n  %s", self._about(), shown)
             if self.stderr_to != "log": self._exchange.write_err(trace.encode())
         if self._exchange.discard_output(): self._write_page(trace)
 

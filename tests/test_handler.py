@@ -454,8 +454,13 @@ def test_exception(caplog):
     assert "test_handler.py" in trace and os.path.join("fastcgi", "handler.py") not in trace
     record, = caplog.records
     assert (record.name, record.levelno) == ("fastcgi.handler", logging.ERROR)
-    assert record.getMessage().startswith("handler raised: request_id=1 method=POST path=/app.py/a%20b\nTraceback")
-    assert record.getMessage() + "\n" == record.getMessage().partition("\n")[0] + "\n" + trace
+    assert record.getMessage().startswith("handler raised: request_id=1 method=POST path=/app.py/a%20b\n  Traceback")
+    assert record.getMessage().partition("\n  ")[2].replace("\n  ", "\n") + "\n" == trace
+
+
+def test_no_line_of_an_exception_poses_as_a_log_entry(caplog):
+    ask(handler(raises(ValueError("a\nERROR forged"))), request())
+    assert all(o.startswith("  ") for o in caplog.messages[0].split("\n")[1:]) and "ERROR forged" in caplog.text
 
 
 @pytest.mark.parametrize("written", [b"", b"A: b", b"Content-Type: text/plain\r\n\r\nsome of it"])
@@ -584,7 +589,7 @@ def test_log_holds_no_control_character_and_no_secret(caplog):
     assert len(caplog.messages) == 3
     for line in caplog.messages:
         assert "secret" not in line and "forged" not in line.partition("ERROR")[0]
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", line) and "\n" not in line.partition("\nTraceback")[0]
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", line) and "\n" not in line.partition("\n  Traceback")[0]
     assert r"method=GE\x0aT path=/a\x0d\x0aERROR forged\x1b[2J\x00\x7f\x85" in caplog.messages[0]
 
 
