@@ -95,8 +95,14 @@ def dev(
     from .sockets import AddressError, listen
     if not Path(file).is_file(): raise Mistake(f"no such file: {file}")
     logging.basicConfig(format="%(name)s: %(message)s")
-    for o in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(o) == signal.SIG_DFL: signal.signal(o, signal.default_int_handler)
+    told = []  # signals to end: Python loses what a handler raises where it interrupts a callback, as in an import
+
+    def end(signum: int, frame: object) -> None:
+        told.append(signum)
+        raise KeyboardInterrupt
+
+    for o in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(o) in (signal.SIG_DFL, signal.default_int_handler): signal.signal(o, end)
     with suppress(KeyboardInterrupt), TemporaryDirectory(prefix="fastcgi-") as folder:
         path = Path(folder, "app.sock")
         try: sock = listen(path)
@@ -107,6 +113,7 @@ def dev(
             app.start()
             print(f"{file} is at {web.url}/  (Ctrl-C ends it)", flush=True)
             for _ in _wakes(Path(file).parent if reload else None):
+                if told: break
                 before, seen = seen, _sources(Path(file)) if reload else seen
                 changed = sorted({os.path.relpath(path) for path, _ in before.items() ^ seen.items()})
                 if changed or app.again:
