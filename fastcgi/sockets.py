@@ -163,8 +163,8 @@ def listen(
     Raises `AddressError`, and nothing else, where that cannot be.
     """
     a = parse_address(address)
-    if mode is not None and not 0 <= mode <= 0o777:
-        raise AddressError(f"bad mode {mode}: it has at most nine bits; write it in octal, as in 0o660")
+    if mode is not None and not (isinstance(mode, int) and 0 <= mode <= 0o777):
+        raise AddressError(f"bad mode {mode!r}: it has at most nine bits; write it in octal, as in 0o660")
     try:
         if a.sock: return _checked(a.sock, "the socket object", "give one that does")
         if a.kind == "fd": return _adopt(a.fd, FD_HINT)

@@ -296,6 +296,7 @@ def test_our_own_group_needs_no_root(folder, opened):
     ({"group": -1}, "no such group: -1"),
     ({"user": 2**32 - 1}, "no such user: 4294967295"),
     ({"group": ""}, "no such group: "),
+    ({"mode": "0660"}, "bad mode '0660': it has at most nine bits; write it in octal, as in 0o660"),
     ({"mode": 660}, "bad mode 660: it has at most nine bits; write it in octal, as in 0o660"),
     ({"mode": -1}, "bad mode -1: it has at most nine bits; write it in octal, as in 0o660"),
 ])
