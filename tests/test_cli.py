@@ -301,7 +301,7 @@ def test_dev_runs_any_kind_of_file_and_starts_it_anew(dev, short_dir, kind):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_dev_ends_cleanly(dev, signum):
-    if signal.getsignal(signum) == signal.SIG_IGN: pytest.skip(f"who runs the tests ignores {signum.name}, as nohup does")
+    if signal.getsignal(signum) == signal.SIG_IGN: pytest.skip(f"{signum.name} is ignored here, as under nohup")
     d = dev(FILES["decorated, with workers"])
     pid = int(d.get()[1].split()[1])
     assert d.stop(signum) == 0
