@@ -28,6 +28,7 @@ from helpers import (ABORT_REQUEST, AUTHORIZER, BEGIN_REQUEST, DEADLINE, END_REQ
                      OVERLOADED, PARAMS, REQUEST_COMPLETE, STDIN, STDOUT, UNKNOWN_ROLE, UNKNOWN_TYPE, Program, Reader,
                      answers, ask, begin, children, connect, converse, environ_of, exchange, handling, pair, params,
                      pieces, processes, read_all, read_pairs, rec, request, serve, split, stream, talk, vectors)
+from published import ECHO
 
 from fastcgi import prefork
 from fastcgi.errors import ConnectionLost, RequestAborted
@@ -1139,20 +1140,8 @@ def test_published_program_with_methods(handle_request):
     assert (res.body, bytes(res.stderr)) == (b"0123|45|6789||", b"log")
 
 
-def test_published_program_with_a_response_on_descriptor_0(short_dir):
-    code = """
-import json
-from fastcgi import *
-
-class example_handler(HttpResponseMixin, FcgiHandler):
-	def handle(self):
-		self.send_response(200, json = self.environ)
-
-if __name__ == "__main__":
-	with FcgiServer(example_handler) as server:
-		server.serve_forever()
-"""
-    with socket.create_server(("127.0.0.1", 0)) as srv, Program("-c", code, stdin=srv) as app:
+def test_published_program_with_a_response_on_descriptor_0():
+    with socket.create_server(("127.0.0.1", 0)) as srv, Program("-c", ECHO, stdin=srv) as app:
         with connect(srv.getsockname()) as sock: res, = answers(converse(sock, request()))
         assert json.loads(res.body) == ENVIRON and res.headers["content-type"].startswith("application/json")
         assert app.stop() == 0
