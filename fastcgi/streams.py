@@ -177,22 +177,22 @@ class Channel:
         exchange.end(app_status)
         if self.connection.output: self.send()
 
-    def linger(self, wait: float | None = 0) -> bool:  # wait: seconds for the whole of it, None for ever
+    def linger(self) -> bool:
         """Let the peer read our answer before the socket is closed: unread input would make of that a reset.
 
-        What still comes is thrown away, at most `Limits.drain` bytes of it. True once nothing more has to be done.
+        What has come is thrown away, at most `Limits.drain` bytes of it. True once nothing more has to be done, False
+        to be called again when there is more to read.
         """
         connection = self.connection
         if connection.eof or connection.error or not connection.early: return True
-        end = _after(wait)
         try:
             if self._left < 0:
                 self._left = connection.limits.drain
                 self.socket.shutdown(socket.SHUT_WR)
             while self._left > 0:
-                if not self.poll(select.POLLIN, _until(end)): return False
                 if not (n := len(self.socket.recv(RECV, _DONTWAIT))): return True
                 self._left -= n
+        except BlockingIOError: return False
         except OSError: pass  # it is gone already
         return True
 

@@ -565,7 +565,7 @@ def test_linger_ends_with_the_peer(end):
         assert not channel.linger()
         if end == "eof": read_all(theirs)
         theirs.close()
-        assert channel.linger() and channel.linger(9)
+        assert channel.linger() and channel.linger()
 
 
 def test_no_linger_where_all_was_read():
