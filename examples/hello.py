@@ -15,6 +15,19 @@ MAX_BODY = 16 << 20  # bytes; what is kept in memory needs a bound
 # What CGI speaks of. The rest of `os.environ` is our own, and none of a visitor's business.
 CGI = ("CONTENT_", "DOCUMENT_", "GATEWAY_", "HTTP_", "PATH_INFO", "QUERY_", "REMOTE_", "REQUEST_", "SCRIPT_", "SERVER_")
 
+PROGRESS = """<script>
+document.addEventListener("submit", e => {  // without a browser's script the form works too, but for the bar
+  e.preventDefault();
+  const bar = e.target.querySelector("progress"), request = new XMLHttpRequest();
+  bar.hidden = false;
+  request.upload.onprogress = o => { bar.max = o.total; bar.value = o.loaded; };
+  request.onload = () => document.body.replaceWith(new DOMParser().parseFromString(request.response, "text/html").body);
+  request.onerror = () => { bar.hidden = true; alert("That could not be sent."); };
+  request.open("POST", location.href);
+  request.send(new FormData(e.target));
+});
+</script>"""
+
 
 def form(body):
     "Greets whoever the form names."
@@ -29,8 +42,9 @@ def upload(body):
     files = [o for o in mail.get_payload() if o.get_filename()] if mail.is_multipart() else []
     page("Upload", """
 <form method="post" enctype="multipart/form-data">
-<p><label>Files: <input type="file" name="file" multiple></label> <button>Send them</button></form>
-""" + table(("file", "bytes", "SHA-256"), map(describe, files)))
+<p><label>Files: <input type="file" name="file" multiple></label> <button>Send them</button>
+<progress hidden aria-label="sent"></progress></form>
+""" + PROGRESS + table(("file", "bytes", "SHA-256"), map(describe, files)))
 
 
 def describe(part):
@@ -60,6 +74,7 @@ Content-Type: text/html; charset=utf-8
 <!DOCTYPE html>
 <html lang="en">
 <meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>body {{ font: 1em/1.5 sans-serif; margin: 2em }} td, th {{ text-align: left; padding-right: 1em }}</style>
 <nav><a href="{base}/">Form</a> <a href="{base}/upload">Upload</a> <a href="{base}/environ">Environment</a></nav>

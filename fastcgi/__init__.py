@@ -30,6 +30,7 @@ from .sockets import listen
 if TYPE_CHECKING:
     from .aio import AsyncFcgiHandler, AsyncFcgiServer
     from .aioclient import AsyncFcgiClient
+    from .apps import serve
     from .client import FcgiClient
     from .http import HandlerException, MinimalHTTPHandler, ReuseThreadingServer
     from .response import AsyncHttpResponseMixin, HttpResponseMixin
@@ -41,13 +42,13 @@ __all__ = (
     "Status", "pack", "unpack_from", "unpack_sz", "pack_rec", "unpack_rec", "unpack_content", "pack_params",
     "unpack_params", "FcgiServer", "FcgiThreadingServer", "PreForkMixIn", "PreForkUnixServer", "PreForkTCPServer",
     "AsyncFcgiHandler", "AsyncFcgiServer", "HttpResponseMixin", "AsyncHttpResponseMixin", "FcgiClient",
-    "AsyncFcgiClient", "listen", "FcgiError", "ProtocolError", "RequestAborted", "os", "sys")
+    "AsyncFcgiClient", "serve", "listen", "FcgiError", "ProtocolError", "RequestAborted", "os", "sys")
 
 _LATER = {  # modules that not every program needs are imported when one of their names is first asked for
     "AsyncFcgiHandler": "aio", "AsyncFcgiServer": "aio", "AsyncFcgiClient": "aioclient", "FcgiClient": "client",
     "HandlerException": "http", "MinimalHTTPHandler": "http", "ReuseThreadingServer": "http",
     "HttpResponseMixin": "response", "AsyncHttpResponseMixin": "response", "FcgiServer": "server",
-    "FcgiThreadingServer": "server"}
+    "FcgiThreadingServer": "server", "serve": "apps"}
 
 
 def __getattr__(name: str) -> Any:

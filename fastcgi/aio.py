@@ -22,21 +22,25 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import Any
 
-from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange, Input, Refused
+from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange, Input, Refused, status_page
 from .core import MAX_CONTENT, Bytes, Request
 from .errors import RemoteProtocolError, RequestAborted
-from .request import FcgiRequest, crlf, write_log
-from .sockets import allowed_peers, listen, parse_address, peer_allowed, remove
+from .request import FcgiRequest, Lazy, crlf, write_log
+from .sockets import above_streams, allowed_peers, listen, parse_address, peer_allowed, remove
 
 __all__ = ("AsyncFcgiHandler", "AsyncFcgiServer")
 
 log = logging.getLogger("fastcgi.aio")
 
 HIGH = 1 << 16  # bytes of a request's unread input at which its connection is no longer read, if it carries no other
+RECV = 1 << 16  # bytes asked of one recv: asyncio's own 256 kB are mapped and unmapped by malloc each time
 SLICE = 4 * MAX_CONTENT  # bytes of one `write` that are handed to the transport at a time
 SWEEP = 1.0  # seconds between looks for connections whose time is up
+FRESH = .5  # seconds to begin the first request when the server stops: no web server repeats one that is lost there
 CLEANUP = 5.0  # seconds that cancelled requests have to end in `shutdown`
 PAUSE = 0.1  # seconds without accepting when descriptors have run out
+BURST = 64  # connections accepted between two looks at the others
+FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _RDHUP = getattr(select, "POLLRDHUP", 0)
 
 
@@ -49,19 +53,23 @@ class AsyncFcgiHandler(FcgiRequest):
     """
     max_requests_held = 256  # requests that run at a time for one connection: past it OVERLOADED
     max_buffer = 1 << 20  # bytes of unread input at which a connection that carries several requests is no longer read
+    cancel_on_abort = True  # False: `_wake` is told, and the task may go on
 
-    stdin: AsyncInput
-    data: AsyncInput
-    rfile: AsyncInput
-    stdout: AsyncOutput
-    stderr: AsyncOutput
-    wfile: AsyncOutput
     _session: _Session
     _waiter: asyncio.Future[None] | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def __init__(self, request: asyncio.Transport, client_address: Any, server: AsyncFcgiServer) -> None:
         "Made for each request; `request` is the connection's transport."
         self.request, self.client_address, self.server = request, client_address, server
+
+    @classmethod
+    async def startup(cls, server: AsyncFcgiServer) -> None:
+        "Called before `server` accepts connections, in the process and on the loop that serve them."
+
+    @classmethod
+    async def shutdown(cls, server: AsyncFcgiServer) -> None:
+        "Called when its last request has ended, if `startup` was done."
 
     async def setup(self) -> None:
         "Called before `handle`."
@@ -141,15 +149,23 @@ class AsyncFcgiHandler(FcgiRequest):
         if name not in ("stdin", "data", "stdout", "stderr"): raise KeyError(k)
         return getattr(self, name)  # type: ignore[no-any-return]
 
-    def __getattr__(self, name: str) -> Any:
-        "Streams are made when they are first asked for."
-        stream: Any
-        if name in ("stdin", "rfile"): stream = self.stdin = self.rfile = AsyncInput(self, self._exchange.stdin)
-        elif name == "data": stream = self.data = AsyncInput(self, self._exchange.data)
-        elif name in ("stdout", "wfile"): stream = self.stdout = self.wfile = AsyncOutput(self, self.write)
-        elif name == "stderr": stream = self.stderr = AsyncOutput(self, self.write_err)
-        else: raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return stream
+    @Lazy
+    def stdin(self) -> AsyncInput: return AsyncInput(self, self._exchange.stdin)
+
+    @Lazy
+    def data(self) -> AsyncInput: return AsyncInput(self, self._exchange.data)
+
+    @Lazy
+    def stdout(self) -> AsyncOutput: return AsyncOutput(self, self.write)
+
+    @Lazy
+    def stderr(self) -> AsyncOutput: return AsyncOutput(self, self.write_err)
+
+    @Lazy
+    def rfile(self) -> AsyncInput: return self.stdin
+
+    @Lazy
+    def wfile(self) -> AsyncOutput: return self.stdout
 
     # One request
 
@@ -200,7 +216,7 @@ class AsyncFcgiHandler(FcgiRequest):
                 parts.append(stream.take(size if size < 0 else min(size, stream.size)))
                 if size > 0: size -= len(parts[-1])
             data = b"".join(parts)
-        self._session.control_flow()
+        if not self._session.reading: self._session.control_flow()
         return data
 
     def _wake(self) -> None:
@@ -242,7 +258,8 @@ class AsyncInput:
         while line := await self.readline(): yield line
 
     def _taken(self, data: bytes) -> bytes:
-        self._handler._session.control_flow()
+        session = self._handler._session
+        if not session.reading: session.control_flow()
         return data
 
 
@@ -258,7 +275,7 @@ class AsyncOutput:
 class _Session(asyncio.Protocol):
     "One connection: what arrives goes to the engine, its events to tasks, what it has to send to the transport."
     __slots__ = ("server", "loop", "connection", "transport", "running", "last", "reading", "writable", "unsent",
-                 "lingering", "until", "peer")
+                 "lingering", "until", "peer", "served", "arriving", "refused")
     transport: asyncio.Transport
 
     def __init__(self, server: AsyncFcgiServer) -> None:
@@ -272,12 +289,16 @@ class _Session(asyncio.Protocol):
         self.lingering = -1  # bytes that may still be thrown away after our answer, once we wait for the peer to close
         self.until = math.inf  # when that, or the wait for the end of an answered request's STDIN, is given up
         self.peer: Any = ""
+        self.served = False  # a request was begun
+        self.refused = False  # a request was, and the log has been told: once, for a flood must not fill it
+        self.arriving: dict[Exchange | None, float] = _NONE  # requests whose params come -> when that was seen
 
     # What the transport calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         self.transport, self.peer = transport, transport.get_extra_info("peername")  # type: ignore[assignment]
+        if hasattr(transport, "max_size"): transport.max_size = RECV
         if self.server.allowed is not None and not peer_allowed(self.peer, self.server.allowed):
             log.warning("connection refused: peer=%r is not among the web servers", self.peer)
             self.transport.abort()
@@ -299,6 +320,7 @@ class _Session(asyncio.Protocol):
         if connection.output: self.send()
         if connection.closing and not connection.exchanges: self._close()
         elif connection.exchanges or self.writable: self.control_flow()
+        elif self.server.stopping: self.stop()
 
     def eof_received(self) -> bool:
         if self.lingering >= 0: return False
@@ -307,6 +329,7 @@ class _Session(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.sessions.discard(self)
+        self.server.room()
         self._handle(self.connection.send_failed())
         self.resume_writing()
         self.server.check_done()
@@ -324,36 +347,70 @@ class _Session(asyncio.Protocol):
         for event in events:
             if type(event) is BeginRequest: self._start(event.exchange)
             elif type(event) is Refused:
-                log.warning("request refused request_id=%d peer=%r: %s", event.request_id, self.peer, event.reason)
+                level, self.refused = logging.DEBUG if self.refused else logging.WARNING, True
+                log.log(level, "request refused request_id=%d peer=%r: %s", event.request_id, self.peer, event.reason)
             elif (running := self.running.get(event.exchange)) is not None:  # type: ignore[union-attr]
                 handler, task = running
-                if type(event) is AbortRequest and task: self.cancel(handler, task)
+                if type(event) is AbortRequest and task: self.abort(handler, task)
                 handler._wake()
 
     def _start(self, exchange: Exchange) -> None:
         if exchange.ended: return
+        server = self.server
         self.connection.start(exchange)
-        handler = self.server.handler(self.transport, self.peer, self.server)
+        handler = server.handler(self.transport, self.peer, server)
         handler._session = self
         handler._begin(exchange)
         self.running[exchange] = handler, None
+        self.served = True
+        if server.observer: server.observer.begin(handler)
+        if server.request_timeout is not None:
+            handler._timer = self.loop.call_later(server.request_timeout, self.overran, exchange)
+        server.begun += 1
+        if server.begun == server.max_requests: server.stop()
+        if server.stopping and (server.leaving or not server.handing): self.connection.closing = True
         task = _task(handler._answer(), self.loop)
         if exchange in self.running: self.running[exchange] = handler, task
-        if exchange.aborted: self.cancel(handler, task)
+        if exchange.aborted: self.abort(handler, task)
+
+    def abort(self, handler: AsyncFcgiHandler, task: asyncio.Task[None]) -> None:
+        "The web server has given up a request. One that has not begun is not to begin."
+        if handler.cancel_on_abort or _waits(task): self.cancel(handler, task)
+
+    def overran(self, exchange: Exchange) -> None:
+        "A request has taken longer than `request_timeout`. If it ends not even now, a master kills us."
+        handler, task = self.running[exchange]
+        log.warning("request cancelled, as it took longer than request_timeout=%g: %s",
+                    self.server.request_timeout, handler._about())
+        if exchange.discard_output():
+            exchange.write(status_page("504 Gateway Timeout", handler.environ.get("REQUEST_METHOD") != "HEAD"))
+        if task: self.cancel(handler, task)
 
     def cancel(self, handler: AsyncFcgiHandler, task: asyncio.Task[None]) -> None:
         "Cancel a request. A task that has not begun never will, and cannot end what it is there for: we do."
         task.cancel()
-        if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED: handler._end()  # type: ignore[arg-type]
+        if _waits(task): handler._end()
 
     def ended(self, exchange: Exchange) -> None:
         "The answer of `exchange` is complete."
-        self.running.pop(exchange, None)
+        running = self.running.pop(exchange, None)
+        if running and self.server.observer: self.server.observer.end(running[0])
+        if running and running[0]._timer: running[0]._timer.cancel()
         self.last = self.loop.time()
         if self.connection.output: self.send()
         if self.connection.closing and not self.connection.exchanges: self._close()
         elif not self.reading: self.control_flow()
         if self.server.stopping: self.stop()
+
+    def cut(self, exchange: Exchange) -> None:
+        "Show the web server that an answer is incomplete: with no END_REQUEST, if it has the connection for itself."
+        connection = self.connection
+        if len(connection.exchanges) == 1 and exchange.id in connection.exchanges:
+            exchange.flush()
+            if connection.output: self.send()
+            connection.send_failed()
+        exchange.end(1)
+        self.ended(exchange)
 
     # Flow
 
@@ -395,19 +452,25 @@ class _Session(asyncio.Protocol):
             self.transport.write_eof()
 
     def stop(self) -> None:
-        "The server stops: nothing new is begun."
-        self.connection.closing = True
-        if not self.connection.exchanges: self._close()
+        "The server stops: what was begun may end, and who was not heard yet has a moment to begin."
+        connection = self.connection
+        if connection.exchanges: connection.closing = self.server.leaving or not self.server.handing
+        elif not connection.midway and not self.server.hand_over(self) and (self.served or self.server.leaving):
+            self._close()
 
     def sweep(self, now: float) -> None:
         """Give up a peer that does not do its part in time, or has left while we do not read.
 
         What is thrown away of its input may take `timeout` seconds, in which it may not be silent for `linger_timeout`.
+        The params of a request may take `read_timeout` seconds however they are spread; but requests that run on the
+        same connection come first.
         """
         handler, connection = self.server.handler, self.connection
         exchanges, limit, level = connection.exchanges.values(), handler.timeout, logging.WARNING
         unsent = self.transport.get_write_buffer_size()
         if unsent != self.unsent: self.unsent, self.last = unsent, now
+        arriving, patience = self._arriving(now), handler._patience()
+        late = not self.running and patience is not None and arriving >= patience
         draining = bool(exchanges) and all(o.ended for o in exchanges)
         if not draining and self.lingering < 0: self.until = math.inf
         elif self.until == math.inf: self.until = now + (handler.timeout or math.inf)
@@ -415,19 +478,35 @@ class _Session(asyncio.Protocol):
         elif unsent: why = "nothing was read"
         elif self.lingering >= 0: limit, why, level = handler.linger_timeout, "it was not closed", logging.DEBUG
         elif draining: limit, why = handler.linger_timeout, "STDIN did not end"
-        elif not exchanges: limit, why, level = handler.idle_timeout, "it was idle", logging.DEBUG
-        elif any(h._waiter for h, _ in self.running.values()) or any(not o.started for o in exchanges):
-            why = "nothing was sent"
+        elif not exchanges and not self.arriving: limit, why, level = handler.idle_timeout, "it was idle", logging.DEBUG
+        elif self.arriving or any(h._waiter for h, _ in self.running.values()):
+            limit, why = patience, "nothing was sent"
         else: return  # it is our turn
-        if now < self.until and (limit is None or now - self.last < limit): return
+        spent = now - self.last
+        if now < self.until and (limit is None or spent < limit):
+            if not late: return
+            why, spent = "no rest of a request", arriving
         if draining and not unsent:
             connection.stop_draining()
             self.send()
             self._close()
         else:
-            log.log(level, "connection closed after %.0f s: %s by peer=%r", now - self.last, why, self.peer)
+            log.log(level, "connection closed after %.0f s: %s, peer=%r", spent, why, self.peer)
             self._handle(connection.send_failed())
             self.transport.abort()
+
+    def _arriving(self, now: float) -> float:
+        "For how many seconds we have seen that the params of a request, or its first record, are not complete."
+        connection = self.connection
+        some: list[Exchange | None] = [o for o in connection.exchanges.values() if not o.started]
+        if connection.midway and not connection.exchanges: some.append(None)
+        if not some and not self.arriving: return 0
+        before, self.arriving = self.arriving, _NONE
+        if some: self.arriving = {o: before.get(o, now) for o in some}
+        return now - min(self.arriving.values(), default=now)
+
+
+_NONE: dict[Exchange | None, float] = {}  # nothing is put there
 
 
 def _gone(transport: asyncio.Transport) -> bool:
@@ -438,11 +517,16 @@ def _gone(transport: asyncio.Transport) -> bool:
     return bool(poll.poll(0))
 
 
+def _waits(task: asyncio.Task[None]) -> bool:
+    "Whether it has not begun."
+    return inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED  # type: ignore[arg-type]
+
+
 def _task(coro: Any, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
     "A task that, where Python can (3.12), runs at once up to its first wait: a small request is answered in one step."
-    if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
-        return asyncio.Task(coro, loop=loop, eager_start=True)
-    return loop.create_task(coro)
+    if loop.get_task_factory() is not None: return loop.create_task(coro)
+    if sys.version_info >= (3, 12): return asyncio.Task(coro, loop=loop, eager_start=True)
+    return asyncio.Task(coro, loop=loop)
 
 
 class AsyncFcgiServer:
@@ -450,6 +534,11 @@ class AsyncFcgiServer:
 
     Accepts from the moment it is entered. Leaving the context shuts it down.
     """
+    observer: Any = None  # told of each request, see `scoreboard.Slot`
+    max_requests = 0  # requests after which `serve_forever` returns, 0 for never
+    request_timeout: float | None = None  # seconds after which a request is cancelled
+    handing = False  # when we stop others go on, and may take connections: see `hand_over`
+    lifespan: Any = None  # what the handler class keeps here from `startup` to `shutdown`
 
     def __init__(
         self,
@@ -458,18 +547,26 @@ class AsyncFcgiServer:
         *,
         web_server_addrs: str | Iterable[str] | None = None,  # peers to accept; None: as FCGI_WEB_SERVER_ADDRS says
         graceful_timeout: float = 30,  # seconds that running requests have to end in `shutdown`
+        max_connections: int | None = None,  # at a time; more wait to be accepted
         **options: Any,  # `mode`, `group`, ... as in `listen`
     ) -> None:
         "Raises `AddressError` with one clear line where there is no such address."
         if web_server_addrs is None: web_server_addrs = os.environ.get("FCGI_WEB_SERVER_ADDRS")
         self.handler, self.graceful_timeout, self.allowed = handler, graceful_timeout, allowed_peers(web_server_addrs)
+        self.max_connections = max_connections
         address = sys.stdin.fileno() if sock is None else sock
         self.socket = listen(address, **options)
-        self._inherited = parse_address(address).kind not in ("unix", "tcp")
+        if parse_address(address).kind in ("unix", "tcp"): self.socket.setblocking(False)
+        self._prepare()
+
+    def _prepare(self) -> None:
         self.sessions: set[_Session] = set()
-        self.stopping = False
+        self.tasks: set[asyncio.Task[Any]] = set()  # that may outlive their requests, to be waited for in `shutdown`
+        self.started = False  # `startup` of the handler class is done
+        self.begun = 0  # requests
+        self.stopping = self.leaving = False  # nothing is accepted any more; who has said nothing is not waited for
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server: asyncio.AbstractServer | _BlockingAcceptor | None = None
+        self._acceptor: _Acceptor | _BlockingAcceptor | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._stopped: asyncio.Event
         self._empty: asyncio.Event
@@ -485,22 +582,20 @@ class AsyncFcgiServer:
 
     async def start(self) -> None:
         "Accept connections from now on."
-        if self._server: return
-        self._loop = loop = asyncio.get_running_loop()
+        if self._acceptor: return
+        self._loop = asyncio.get_running_loop()
         self._stopped, self._empty = asyncio.Event(), asyncio.Event()
-        if self._inherited and self.socket.gettimeout() is None: self._server = _BlockingAcceptor(self)
-        elif self.socket.family == socket.AF_UNIX:
-            options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) and isinstance(
-                loop, asyncio.BaseEventLoop) else {}
-            self._server = await loop.create_unix_server(self._session, sock=self.socket, backlog=1024, **options)
-        else: self._server = await loop.create_server(self._session, sock=self.socket, backlog=1024)
+        await self.handler.startup(self)
+        self.started = True
+        self._acceptor = (_BlockingAcceptor if self.socket.gettimeout() is None else _Acceptor)(self)
         self._sweep()
 
     def _session(self) -> _Session: return _Session(self)
 
     def values(self) -> dict[str, str]:
         "What GET_VALUES is told (spec 4.1)."
-        return {"FCGI_MAX_CONNS": "1000", "FCGI_MAX_REQS": str(self.handler.max_requests_held), "FCGI_MPXS_CONNS": "1"}
+        conns = str(self.max_connections or 1000)
+        return {"FCGI_MAX_CONNS": conns, "FCGI_MAX_REQS": str(self.handler.max_requests_held), "FCGI_MPXS_CONNS": "1"}
 
     async def serve_forever(self) -> None:
         "Serve until `shutdown`, cancellation, or SIGTERM or SIGINT in the main thread; then requests that run may end."
@@ -514,31 +609,68 @@ class AsyncFcgiServer:
             for o in signals: loop.remove_signal_handler(o)
             await self.shutdown()
 
+    def stop(self) -> None:
+        "Let `serve_forever` return, after `shutdown`."
+        self._stopped.set()
+
     async def shutdown(self, wait: bool = True) -> None:
         "Accept nothing more, let running requests end within `graceful_timeout`, then cancel them."
-        if not self._server: return
+        if not self._acceptor: return
         self.stopping = True
         self._stopped.set()
-        self._server.close()
+        self._acceptor.close()
+        self._close_socket()
         for session in list(self.sessions): session.stop()
+        leave = self.get_loop().call_later(FRESH, self._leave)
         if not wait: return
         self.check_done()
         with suppress(asyncio.TimeoutError): await asyncio.wait_for(self._empty.wait(), self.graceful_timeout)
+        leave.cancel()
         tasks = []
         for session in list(self.sessions):
             for handler, task in list(session.running.values()):
                 if task:
                     session.cancel(handler, task)
                     tasks.append(task)
-        if tasks: await asyncio.wait(tasks, timeout=CLEANUP)
+        for o in self.tasks.difference(tasks): o.cancel()
+        if tasks := [*self.tasks.union(tasks)]: await asyncio.wait(tasks, timeout=CLEANUP)
         for session in list(self.sessions): session.transport.abort()
         if self._sweeper: self._sweeper.cancel()
+        if self.started:
+            self.started = False
+            await self.handler.shutdown(self)
+
+    def _close_socket(self) -> None: self.socket.close()
+
+    def _leave(self) -> None:
+        self.leaving = True
+        for session in list(self.sessions): session.stop()
+
+    def room(self) -> None:
+        "A connection has ended."
+        if self._acceptor and not self._acceptor.accepting: self._acceptor.watch()
+
+    def admits(self, conn: socket.socket, address: Any) -> bool:
+        "Whether to serve a connection that was accepted. See also `web_server_addrs`."
+        return True
+
+    def hand_over(self, session: _Session) -> bool:
+        "We stop: whether somebody else takes a connection that has nothing for us now."
+        return False
+
+    def accepting(self, wanted: bool) -> None:
+        "Connections are accepted from now on, or not."
 
     def check_done(self) -> None:
-        if self.stopping and not self.sessions: self._empty.set()
+        coming = self._acceptor and self._acceptor.coming  # accepted, and no session yet
+        if self.stopping and not self.sessions and not self.tasks and not coming: self._empty.set()
 
     async def __aenter__(self) -> AsyncFcgiServer:
-        await self.start()
+        try: await self.start()
+        except BaseException:
+            remove(self.socket)
+            self.socket.close()
+            raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -552,16 +684,88 @@ class AsyncFcgiServer:
         self._sweeper = loop.call_later(SWEEP, self._sweep)
 
 
-class _BlockingAcceptor:
+class _Acceptor:
+    "Accepts on the loop, from a socket that does not block: no more than there is room for, as siblings may have some."
+
+    def __init__(self, server: AsyncFcgiServer) -> None:
+        self.server, self.loop = server, server.get_loop()
+        self.fd = server.socket.fileno()
+        self.accepting = self.closed = False
+        self.pause: asyncio.TimerHandle | None = None
+        self.coming: set[asyncio.Task[None]] = set()  # connections that have no session yet
+        self.watch()
+
+    def watch(self) -> None:
+        "Accept, or do not."
+        wanted = not (self.closed or self.pause or self.full())
+        if wanted is self.accepting: return
+        self.accepting = wanted
+        if wanted: self.loop.add_reader(self.fd, self._ready)
+        else: self.loop.remove_reader(self.fd)
+        self.server.accepting(wanted)
+
+    def full(self) -> bool:
+        most = self.server.max_connections
+        return most is not None and len(self.server.sessions) + len(self.coming) >= most
+
+    def _ready(self) -> None:
+        for _ in range(BURST):
+            if self.full() or self.closed: break
+            try: conn, address = self.server.socket.accept()
+            except BlockingIOError: break
+            except OSError as e:
+                self.failed(e)
+                break
+            conn = above_streams(conn)
+            if not self.server.admits(conn, address):
+                conn.close()
+                continue
+            self.begin(conn)
+        self.watch()
+
+    def failed(self, e: OSError) -> None:
+        log.error("cannot accept: %s", e.strerror)
+        if e.errno in FULL: self.pause = self.loop.call_later(PAUSE, self._again)
+
+    def begin(self, conn: socket.socket) -> None:
+        task = _task(self._connect(conn), self.loop)
+        if task.done(): return
+        self.coming.add(task)
+        task.add_done_callback(self._came)
+
+    def _came(self, task: asyncio.Task[None]) -> None:
+        self.coming.discard(task)
+        self.server.check_done()
+        if not self.accepting: self.watch()
+
+    def _again(self) -> None:
+        self.pause = None
+        self.watch()
+
+    async def _connect(self, conn: socket.socket) -> None:
+        try: await self.loop.connect_accepted_socket(self.server._session, conn)
+        except OSError as e:
+            log.debug("connection lost as it was accepted: %s", e)
+            conn.close()
+
+    def close(self) -> None:
+        self.closed = True
+        if self.pause: self.pause.cancel()
+        self.watch()
+
+
+class _BlockingAcceptor(_Acceptor):
     """Accepts in a thread, from a socket that blocks and is not ours to change: sibling processes share that.
 
     Should one of them be quicker, the thread waits for the next connection and the loop does not.
     """
 
     def __init__(self, server: AsyncFcgiServer) -> None:
-        self.server, self.loop = server, server.get_loop()
+        super().__init__(server)
         self.ends = socket.socketpair()
         threading.Thread(target=self._run, name="fastcgi-accept", daemon=True).start()
+
+    def watch(self) -> None: "The thread looks itself."
 
     def _run(self) -> None:
         poll, stop = select.poll(), self.ends[1]
@@ -571,24 +775,21 @@ class _BlockingAcceptor:
 
     def _accept(self) -> bool:
         "False once there is no more sense in it."
-        try: conn, _ = self.server.socket.accept()
+        if self.full():
+            time.sleep(PAUSE)
+            return True
+        try: conn, address = self.server.socket.accept()
         except OSError as e:
             if self.server.stopping: return False
             log.error("cannot accept: %s", e.strerror)
             if e.errno != errno.ECONNABORTED: time.sleep(PAUSE)
             return True
-        try: self.loop.call_soon_threadsafe(self._take, conn)
+        try: self.loop.call_soon_threadsafe(self._take, conn, address)
         except RuntimeError: conn.close()  # the loop is gone
         return not self.loop.is_closed()
 
-    def _take(self, conn: socket.socket) -> None:
-        if self.server.stopping: conn.close()
-        else: self.loop.create_task(self._connect(conn))
-
-    async def _connect(self, conn: socket.socket) -> None:
-        try: await self.loop.connect_accepted_socket(self.server._session, conn)
-        except OSError as e:
-            log.debug("connection lost as it was accepted: %s", e)
-            conn.close()
+    def _take(self, conn: socket.socket, address: Any) -> None:
+        if self.server.stopping or not self.server.admits(conn, address): conn.close()
+        else: self.begin(conn)
 
     def close(self) -> None: self.ends[0].close()

@@ -2,21 +2,28 @@
 
 `CGIHandler.program` sees what a CGI program sees (RFC 3875): the variables in `os.environ`, which child processes
 inherit, the body in `sys.stdin`, the answer in `sys.stdout`. All that is the process's own, so one request at a time
-may run in it; and all is put back afterwards, whatever the program did to it.
+may run in it; and all is put back afterwards, whatever the program did to it. Programs that are files of their own are
+the affair of `programs`, `scripts` and `cgibin`, which take from here what CGI says of variables and arguments.
 """
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
+from urllib.parse import unquote
 
+from .connection import status_page
+from .core import Bytes
 from .handler import FcgiHandler
 
-__all__ = ("CGIHandler", "is_cgi", "run_as_cgi")
+__all__ = ("CGIHandler", "is_cgi", "run_as_cgi", "Answer", "variables", "arguments", "environment", "directory")
+
+log = logging.getLogger("fastcgi.handler")
 
 # What a web server sends must not choose the code that our children run.
 _OURS = re.compile(r"LD_|DYLD_|PYTHON|PERL5|MALLOC_|GCONV_|BASH_|(PATH|HOME|SHELL|IFS|ENV|CDPATH|HTTP_PROXY)\Z")
@@ -24,10 +31,12 @@ _OURS = re.compile(r"LD_|DYLD_|PYTHON|PERL5|MALLOC_|GCONV_|BASH_|(PATH|HOME|SHEL
 
 class CGIHandler(FcgiHandler):
     "Calls `program` for each request, with the process made to look like that of a CGI program."
+    one_at_a_time = True  # `os.environ` and `sys.stdout` are the whole process's
     program: Callable[[], Any]  # without arguments; a plain function in a class body needs `staticmethod`
 
     def handle(self) -> None:
-        with _environ(self.environ), _directory(), _standard_streams(self): self.program()
+        wanted = {_raw(k): _raw(v) for k, v in variables(self.environ).items()}
+        with environment(wanted, with_ours=True), directory(), _standard_streams(self): self.program()
 
 
 def is_cgi() -> bool:
@@ -43,39 +52,67 @@ def run_as_cgi(program: Callable[[], Any]) -> None:
     program()
 
 
-@contextmanager
-def _environ(
+def variables(
     params: Mapping[str, str],  # of the request
-) -> Iterator[None]:
-    "Let `os.environ`, and so the environment of children, be our own with `params` over it."
-    ours, before = os.environ, dict(os.environb)
-    try:
-        _change_environ({**before, **{_raw(k): _raw(v) for k, v in params.items() if _is_variable(k, v)}})
-        yield
-    finally:
-        os.environ = ours  # noqa: B003 - the program may have put something else there
-        _change_environ(before)
+) -> dict[str, str]:
+    "What of a request may be in the environment of a program: all but what chooses the code that runs."
+    return {k: v for k, v in params.items() if _is_variable(k, v)}
 
 
 def _is_variable(name: str, value: str) -> bool:
     return bool(name) and "=" not in name and "\0" not in name and "\0" not in value and not _OURS.match(name)
 
 
+def arguments(
+    query: str,  # QUERY_STRING
+) -> list[str]:
+    """The words of an indexed query, one without `=`, that are a program's arguments (RFC 3875 4.4).
+
+    What a shell would take for its own stands behind a backslash, as web servers have always done it.
+    """
+    if not query or "=" in query: return []
+    words = (unquote(o, "utf-8", "surrogateescape").partition("\0")[0] for o in query.split("+")[:_MAX_WORDS])
+    return [_SHELL.sub(r"\\\g<0>", o) for o in words]
+
+
+_SHELL = re.compile(r"""[&;`'"|*?~<>^()\[\]{}$\\\n\udcff]""")  # those of Apache httpd
+_MAX_WORDS = 1000
+
+
 def _raw(s: str) -> bytes: return s.encode("utf-8", "surrogateescape")  # whatever the locale's encoding is
 
 
-def _change_environ(wanted: Mapping[bytes, bytes]) -> None:
+@contextmanager
+def environment(
+    wanted: Mapping[bytes, bytes],
+    with_ours: bool = False,  # what is there, and not in `wanted`, stays
+) -> Iterator[None]:
+    "Let `os.environ`, and so the environment of children, be `wanted`; afterwards it is what it was."
+    ours, before = os.environ, dict(os.environb)
+    try:
+        _change_environ(before, {**before, **wanted} if with_ours else wanted)
+        yield
+    finally:
+        os.environ = ours  # noqa: B003 - the program may have put something else there
+        _change_environ(dict(os.environb), before)
+
+
+def _change_environ(now: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> None:
     "Make the environment equal to `wanted`, touching only what differs: each change is a call of putenv(3)."
-    now = dict(os.environb)
     for name in now.keys() - wanted.keys(): del os.environb[name]
     for name, value in wanted.items():
         if now.get(name) != value: os.environb[name] = value
 
 
 @contextmanager
-def _directory() -> Iterator[None]:
+def directory(
+    path: str | None = None,  # where to go; None: stay here
+) -> Iterator[None]:
+    "The current directory, which afterwards is what it was."
     before = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # its name may change or go meanwhile
-    try: yield
+    try:
+        if path is not None: os.chdir(path)
+        yield
     finally:
         try: os.fchdir(before)
         finally: os.close(before)
@@ -101,3 +138,73 @@ def _standard_streams(handler: FcgiHandler) -> Iterator[None]:
         sys.stdin, sys.stdout, sys.stderr = before
         for f in mine:  # detaching flushes; and who kept one gets a ValueError, not the next request
             with suppress(ValueError, OSError): f.detach()
+
+
+class Answer:
+    """The output of a CGI program on its way to STDOUT: its head is held until it is complete, and checked.
+
+    A head that is none gives 500, as under any web server. Its lines end in CRLF afterwards; what says where to go, and
+    no status, says 302 (RFC 3875 6.2.3), which half of the web servers forget where FastCGI is spoken. The status line
+    of a program whose name begins with `nph-` becomes a `Status`.
+    """
+
+    def __init__(self, handler: FcgiHandler, name: str) -> None:  # name: of the program's file
+        self.handler, self.name = handler, name
+        self._head: bytearray | None = bytearray()  # None once it has left
+        self._refused = False
+
+    @property
+    def begun(self) -> bool:
+        "The head has left."
+        return self._head is None
+
+    def write(self, data: Bytes) -> int:
+        "Take output; the number of its bytes."
+        if self._refused: return len(data)
+        if self._head is None: return self.handler.write(data)
+        before = max(len(self._head) - 2, 0)
+        self._head += data
+        if not (end := _BLANK.search(self._head, before)):
+            if len(self._head) > _MAX_HEAD: self._refuse(f"header larger than {_MAX_HEAD} bytes")
+            return len(data)
+        if (head := self._checked(bytes(self._head[:end.start()]))) is None: return len(data)
+        rest = self._head[end.end():]
+        self._head = None
+        self.handler.write(head + rest)
+        return len(data)
+
+    def end(self) -> None:
+        "There is no more output."
+        if self._refused or self._head is None or self.handler._exchange.aborted: return
+        self._refuse("output ended before its header did" if self._head else "no output")
+
+    def fail(self, status: str, why: str) -> None:
+        "Answer with a page of ours, if nothing has left; else break the answer off, so that it does not look whole."
+        log.error("%s, %s: %s %s", why, "cut" if self.begun else f"sent {status[:3]}", self.name, self.handler._about())
+        if self.begun: self.handler._channel.connection.send_failed()
+        elif not self._refused: self._page(status)
+
+    def _refuse(self, why: str) -> None: self.fail("500 Internal Server Error", f"bad answer of a program, {why}")
+
+    def _page(self, status: str) -> None:
+        self._refused = True
+        self.handler.write(status_page(status, self.handler.environ.get("REQUEST_METHOD") != "HEAD"))
+
+    def _checked(self, head: bytes) -> bytes | None:
+        "The head as it is to leave; None if it is none, which was answered then."
+        lines = [o.removesuffix(b"\r") for o in head.split(b"\n") if o]
+        if self.name.startswith("nph-") and lines and (m := _STATUS_LINE.fullmatch(lines[0])):
+            lines[0] = b"Status: " + m[1]
+        for line in lines:
+            if not _FIELD.fullmatch(line):
+                self._refuse(f"malformed header line {ascii(line[:30].decode('latin-1'))}")
+                return None
+        names = {o.partition(b":")[0].lower() for o in lines}
+        if b"location" in names and b"status" not in names: lines.insert(0, b"Status: 302 Found")
+        return b"\r\n".join(lines or [b"Status: 200 OK"]) + b"\r\n\r\n"
+
+
+_BLANK = re.compile(rb"(?:\A|\n)\r?\n")
+_FIELD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
+_STATUS_LINE = re.compile(rb"HTTP/[0-9.]+ +([1-9][0-9][0-9].*)")
+_MAX_HEAD = 1 << 16  # bytes; no web server takes more

@@ -1,50 +1,100 @@
 """The command line: `fastcgi COMMAND ...`, one function in `COMMANDS` for each.
 
-As with fastcore's `call_parse`, a command's signature is its interface and its comments are its help: a parameter
-without a default is positional, one with a default is an option, unless it is in `POSITIONAL`. A command returns its
-exit status; a mistake of the user is an exception of one line, and status 2. Start reading at `main`.
+As with fastcore's `call_parse`, a command's signature is its interface and its comments, read by fastcore's `docments`,
+are its help: a parameter without a default is positional, one with a default is an option, unless it is in
+`POSITIONAL`. (`call_parse` itself parses for a program that is one function; it knows no commands, no groups and no
+repeated options.) A command with `**settings` also takes what is in `settings.SETTINGS`. A command returns its exit
+status; a mistake of the user is an exception of one line: status 2 where it is in the command line or in a setting,
+else 1. What a command needs is imported when it runs. Start reading at `main`.
 """
 from __future__ import annotations
 
 import errno
-import logging
 import os
-import select
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
-import traceback
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from inspect import getdoc, signature
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import ModuleType
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
+from inspect import Parameter, getdoc, signature
 from typing import IO, Any, NoReturn
 
 from . import __version__
 from .errors import FcgiError
+from .settings import GROUPS, SETTINGS, Given, Setting, SettingError, from_environ, from_toml, near, read, shown
 
-__all__ = ("main", "dev", "call", "run", "COMMANDS", "Mistake")
+__all__ = ("main", "serve", "dev", "call", "status", "command", "COMMANDS", "Mistake")
 
-FLAGS = {"request": "-X", "data": "-d", "header": "-H", "param": "-p", "include": "-i", "verbose": "-v"}
+FLAGS = {"request": "-X", "data": "-d", "header": "-H", "param": "-p", "include": "-i", "verbose": "-v",
+         "config": "-c"}
 POSITIONAL = {"target"}
-GRACE = 5.0  # seconds that the running requests of an application have to end when it is started anew
-TICK = .3  # seconds between looks at what may have happened
-YOUNG = 1.0  # seconds of life below which it is the application's fault that it ended
-TAIL = 1 << 14  # bytes of what an application said last that are told to the browser
-NOT_OURS = {"__pycache__", "node_modules", "site-packages"}  # directories that are not watched
+ALSO = {"access_log": "-"}  # what a flag says that stands without a value
+WIDTH = 100  # columns that help takes at most
 
 
-class Mistake(Exception):
+class Mistake(FcgiError):
     "Something that the user can put right; its text is one line."
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 # Commands
+
+def serve(
+    target: str = "",  # module:app, FILE.py, a program, or a directory of CGI programs
+    config: str = "",  # TOML file with settings, such as workers = 4
+    check: bool = False,  # look whether it can be served, say so in a line, and end
+    show_settings: bool = False,  # print all settings, and where each is from, and end
+    **settings: Given,
+) -> int:
+    """Serve an application to a web server, over FastCGI.
+
+    TARGET is a WSGI or ASGI application, a handler class or a CGI function in a module (module:app,
+    module:make(), file.py:app); or a Python file with one of them; or a CGI program, in Python or
+    any other language; or a directory of CGI programs. Which of these it is, is recognised.
+
+    A setting counts from the command line, else from a variable such as FASTCGI_MAX_REQUESTS, else
+    from the file of --config or FASTCGI_CONFIG, where it is called max_requests.
+
+    Ctrl-C or SIGTERM ends it when the running requests have ended. The exit status is 2 for a
+    mistake in the command line or in a setting, 1 for any other.
+    """
+    given = _settings(target, config, settings)
+    if show_settings: return _print(*shown(given))
+    if "target" not in given: raise Mistake(f"what shall be served? Give a TARGET, such as module:app{_eaten(given)}")
+    from .launch import Plan
+    plan = Plan(given)
+    if check: return _print(f"fastcgi serve: {plan.check()}")
+    plan.serve()
+    return 0
+
+
+def dev(
+    target: str = "",  # module:app, FILE.py, a program, or a directory of CGI programs
+    port: int = 8000,  # of HTTP; 0 picks a free one
+    host: str = "127.0.0.1",  # address for HTTP
+    mount: str = "",  # where the application lives, such as /app
+    reload: bool = True,  # do not start the application anew when one of its files changes
+    config: str = "",  # TOML file with settings, as for serve
+    **settings: Given,
+) -> int:
+    """Run an application behind a small web server of its own, and start it anew when it changes.
+
+    TARGET is what `fastcgi serve` takes. A file that serves runs unchanged, with a listening socket
+    as its standard input, as web servers start FastCGI applications. Errors are shown in the
+    browser too.
+    """
+    given = _settings(target, config, settings)
+    if "target" not in given: raise Mistake("what shall be run? Give a TARGET, such as FILE.py or module:app")
+    given = {k: o for k, o in given.items() if SETTINGS[k].dev or k == "target"}
+    target, kind = given.pop("target").value, given.pop("kind", Given(None, "")).value
+    _look_at(target)
+    from .dev import serve as run
+    run(target, port, host, mount, reload, kind, **{SETTINGS[k].attribute or k: o.value for k, o in given.items()})
+    return 0
+
 
 def call(
     address: str,  # where the application listens: a socket's path, host:port or :port
@@ -59,15 +109,18 @@ def call(
 ) -> int:
     """Send one request to a FastCGI application and print its answer: curl for FastCGI.
 
-    What the application writes to STDERR goes to standard error. The exit status is 0 for an answer with a status
-    below 400, 1 for any other answer, and 2 where there is none.
+    What the application writes to STDERR goes to standard error. The exit status is 0 for an answer
+    with a status below 400, 1 for any other answer, and 2 where there is none.
     """
     from .client import FcgiClient
-    if timeout <= 0: raise Mistake("--timeout takes a number over 0")
+    if not timeout > 0: raise Mistake("--timeout takes a number of seconds over 0")
     params = _params(target, request or ("POST" if data else "GET"), bool(data), header, param)
-    client = FcgiClient(address, timeout, trace=_show_record if verbose else None)
-    client.on_stderr = _say
-    with _body(data, params) as body, client.request(params, body) as response:
+    with ExitStack() as stack:
+        stack.enter_context(_told(address))
+        client = FcgiClient(address, timeout, trace=_show_record if verbose else None)
+        client.on_stderr = _say
+        body = stack.enter_context(_body(data, params))
+        response = stack.enter_context(client.request(params, body))
         out = sys.stdout.buffer
         if include:
             head = [f"Status: {response.status} {response.reason}".rstrip(), *map(": ".join, response.headers), "", ""]
@@ -76,101 +129,170 @@ def call(
             out.write(piece)
             out.flush()
         out.flush()
-        if response.protocol_status: _say(f"fastcgi call: the request was refused: {response.protocol_status!r}\n")
+        if response.protocol_status: _say(f"fastcgi call: {_refusal(response.protocol_status)}\n")
         return int(response.status >= 400 or bool(response.app_status or response.protocol_status))
 
 
-def dev(
-    file: str,  # a script with @fastcgi, or with a FcgiHandler
-    port: int = 8000,  # of HTTP; 0 picks a free one
-    host: str = "127.0.0.1",  # address for HTTP
-    mount: str = "",  # where the application lives, such as /app
-    reload: bool = True,  # do not start the application anew when the file, or one beside it, changes
+def status(
+    address: str,  # where the application listens, or its status_listen
+    interval: float = 1,  # seconds between looks
+    once: bool = False,  # print it once, as is done where standard output is no terminal
+    full: bool = True,  # no row for each worker
+    path: str = "/status",  # what the setting status says; with status_listen any will do
 ) -> int:
-    """Run FILE behind a small web server of its own, and start it anew when it changes.
+    """Show what the workers of a served application do, until Ctrl-C or q.
 
-    FILE runs unchanged, with a listening socket as its standard input, as web servers start FastCGI applications.
-    A class that inherits from FcgiHandler is served where the file itself serves nothing.
+    The application has to be told where to show that: fastcgi serve --status /status.
     """
-    from .sockets import AddressError, listen
-    if not Path(file).is_file(): raise Mistake(f"no such file: {file}")
-    logging.basicConfig(format="%(name)s: %(message)s")
-    told = []  # signals to end: Python loses what a handler raises where it interrupts a callback, as in an import
-
-    def end(signum: int, frame: object) -> None:
-        told.append(signum)
-        raise KeyboardInterrupt
-
-    for o in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(o) in (signal.SIG_DFL, signal.default_int_handler): signal.signal(o, end)
-    with suppress(KeyboardInterrupt), TemporaryDirectory(prefix="fastcgi-") as folder:
-        path = Path(folder, "app.sock")
-        try: sock = listen(path)
-        except AddressError as e: raise Mistake(f"{e} (TMPDIR says where)") from e
-        with sock, _serving(path, host, port, mount, Path(file).resolve().parent) as web, _App(Path(file), sock) as app:
-            web.app = app
-            seen = _sources(Path(file))
-            app.start()
-            print(f"{file} is at {web.url}/  (Ctrl-C ends it)", flush=True)
-            for _ in _wakes(Path(file).parent if reload else None):
-                if told: break
-                before, seen = seen, _sources(Path(file)) if reload else seen
-                changed = sorted({os.path.relpath(path) for path, _ in before.items() ^ seen.items()})
-                if changed or app.again:
-                    app.stop()
-                    app.start()
-                    _say(f"fastcgi dev: started anew{': ' if changed else ''}{', '.join(changed)}\n")
-    return 0
+    from .top import run
+    if not interval > 0: raise Mistake("--interval takes a number of seconds over 0")
+    return run(address, interval, once, full, path)
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"dev": dev, "call": call}
+COMMANDS: dict[str, Callable[..., int] | str] = {  # a str is a function in a module of ours, with comments as above
+    "serve": serve, "dev": dev, "call": call, "status": status, "config": "configs.config",
+    "doctor": "doctor.doctor"}
+
+
+def command(name: str) -> Callable[..., int]:
+    "The function of a command."
+    found = COMMANDS[name]
+    if not isinstance(found, str): return found
+    module, _, func = found.partition(".")
+    res: Callable[..., int] = getattr(import_module(f".{module}", __package__), func)
+    return res
 
 
 def main(argv: list[str] | None = None) -> int:
     "Run the command that `argv`, by default that of the process, names. Returns the exit status."
     name, *args = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help", "help"): return _help()
+    if name in ("-h", "--help", "help"): return _help(*args)
     if name in ("-V", "--version"): return _print(f"fastcgi {__version__}")
-    if name not in COMMANDS: return _wrong("fastcgi", f"no such command: {name}; there are {', '.join(COMMANDS)}")
-    try: return COMMANDS[name](**_parse(name, args))
+    if name not in COMMANDS:
+        return _wrong("fastcgi", f"no such command: {name}{near(name, COMMANDS) or f'; there are {_names()}'}")
+    prog = f"fastcgi {name}"
+    try: return command(name)(**_parse(name, args))
     except KeyboardInterrupt: return 130
     except BrokenPipeError:  # whoever read what we print has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as e: return _wrong(f"fastcgi {name}", f"{e.strerror}: {e.filename}" if e.filename else str(e))
-    except (Mistake, FcgiError) as e: return _wrong(f"fastcgi {name}", str(e))
+    except (Mistake, SettingError) as e: return _wrong(prog, str(e), getattr(e, "status", 2))
+    except FcgiError as e: return _wrong(prog, f"{e}\n{_where(e)}".rstrip(), 1)
+    except OSError as e: return _wrong(prog, f"{e.strerror}: {e.filename}" if e.filename else str(e), 1)
+
+
+def _where(e: FcgiError) -> str:
+    "The application's last frame, where it was its code that failed."
+    from .reexec import is_trial
+    where: str = getattr(e, "where", "")
+    if not is_trial(): return where
+    if where: sys.stderr.write(f"{where}\n")  # of a trial its last line is told, with the last place that it named
+    return ""
 
 
 # The interface of a command
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        what, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown and not what:
+            names = [o for action in self._actions for o in action.option_strings]
+            message += near(unknown.partition(" ")[0].partition("=")[0], names)
         sys.exit(_wrong(self.prog, f"{message}; see {self.prog} --help"))
+
+
+class _Help(RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        from shutil import get_terminal_size
+        super().__init__(prog, max_help_position=32, width=min(get_terminal_size().columns, WIDTH) - 2)
 
 
 def _parse(name: str, args: list[str]) -> dict[str, Any]:
     "The arguments of a command, as its signature says."
-    from fastcore.docments import docments
-    command = COMMANDS[name]
-    docs = docments(command)
-    parser = _Parser(prog=f"fastcgi {name}", description=getdoc(command), formatter_class=RawDescriptionHelpFormatter)
-    for k, o in signature(command, eval_str=True).parameters.items():
-        kw: dict[str, Any] = {"help": docs[k]}
+    func = command(name)
+    docs = _docs(func) if {"-h", "--help"} & {*args} else {}
+    parser = _Parser(prog=f"fastcgi {name}", description=getdoc(func), formatter_class=_Help, allow_abbrev=False,
+                     add_help=False)
+    has_settings = False
+    for k, o in signature(func, eval_str=True).parameters.items():
+        if o.kind is Parameter.VAR_KEYWORD: has_settings = True; continue
+        kw: dict[str, Any] = {"help": docs.get(k, "")}
         if o.default is not o.empty: kw["default"] = o.default
         if o.annotation is bool: kw |= {"action": f"store_{not o.default}".lower(), "dest": k}
         elif o.annotation == tuple[str, ...]: kw |= {"action": "append", "default": []}
         else: kw["type"] = o.annotation
-        if o.default not in ("", (), o.empty) and o.annotation is not bool: kw["help"] += " (default: %(default)s)"
+        if o.default not in ("", (), o.empty) and o.annotation is not bool: kw["help"] += " (default %(default)s)"
         if "default" not in kw: parser.add_argument(k, **kw)
-        elif k in POSITIONAL: parser.add_argument(k, nargs="?", **kw)
-        else: parser.add_argument(*[FLAGS[k]] if k in FLAGS else [], f"--{'no-' * (o.default is True)}{k}", **kw)
-    return vars(parser.parse_args(args))
+        elif k in POSITIONAL: parser.add_argument(k, nargs="?", metavar=k.upper(), **kw)
+        else: parser.add_argument(*[FLAGS[k]] if k in FLAGS else [], _flag(k, o.default is True), **kw)
+    parser.add_argument("-h", "--help", action="help", help="show this")
+    wanted = [o for o in SETTINGS.values() if has_settings and o.name != "target" and (name != "dev" or o.dev)]
+    if wanted: parser.usage = f"fastcgi {name} [TARGET] [--SETTING VALUE] ..."
+    for title, group in GROUPS.items():
+        if own := [o for o in group if o in wanted]: _add_settings(parser.add_argument_group(title), own)
+    parsed = vars(parser.parse_args(args))
+    for setting in wanted:
+        if (value := parsed.pop(setting.name)) is not None:
+            parsed[setting.name] = read(setting, value, _flag(setting.name))
+    return parsed
 
 
-def _help() -> int:
-    lines = (f"  {name:8}{(getdoc(command) or '').splitlines()[0]}" for name, command in COMMANDS.items())
-    return _print("usage: fastcgi COMMAND ...", "", "FastCGI for Python.", "", "commands:", *lines, "",
-                  "`fastcgi COMMAND --help` tells more of each.")
+def _add_settings(group: Any, settings: list[Setting]) -> None:
+    for o in settings:
+        if o.kind.metavar:
+            told = o.default is not None and "(default" not in o.help
+            kw = {"nargs": "?", "const": ALSO[o.name]} if o.name in ALSO else {}
+            group.add_argument(_flag(o.name), **{"metavar": o.kind.metavar} | kw, dest=o.name,
+                               help=_percent(o.help) + (f" (default {_number(o.default)})" if told else ""))
+        else:
+            usual, other = _flag(o.name, o.default), _flag(o.name, not o.default)
+            group.add_argument(usual, dest=o.name, action="store_const", const=str(not o.default),
+                               help=_percent(f"do not {o.help}" if o.default else o.help))
+            group.add_argument(other, dest=o.name, action="store_const", const=str(o.default), help=SUPPRESS)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float): return f"{value:g}"
+    return f"{value >> 20}M" if isinstance(value, int) and value >= 1 << 20 else str(value)
+
+
+def _percent(s: str) -> str: return s.replace("%", "%%")
+def _flag(name: str, no: bool = False) -> str: return f"--{'no-' * no}{name.replace('_', '-')}"
+def _names() -> str: return ", ".join(COMMANDS)
+
+
+def _docs(func: Callable[..., int]) -> dict[str, str]:
+    "The comments of a command's parameters. It takes a while, so it is done for help alone."
+    from fastcore.docments import docments
+    return {k: v or "" for k, v in docments(func).items()}
+
+
+def _settings(target: str, config: str, given: dict[str, Given]) -> dict[str, Given]:
+    "What counts of the command line, variables and the file."
+    variables = from_environ(os.environ)
+    file = config or variables.pop("config", Given("", "")).value
+    variables.pop("config", None)
+    return {**(from_toml(file) if file else {}), **variables, **given,
+            **({"target": Given(target, "TARGET")} if target else {})}
+
+
+def _eaten(given: dict[str, Given]) -> str:
+    "Perhaps it was taken for the file of the access log."
+    log = given.get("access_log")
+    return f"; {log.value} was taken for the file of --access-log" if log and log.value not in ("", "-") else ""
+
+
+def _look_at(target: str) -> None:
+    "What is not there need not be started."
+    from .apps import AppError, missing
+    if not os.path.exists(target) and (why := missing(target)): raise AppError(why)
+
+
+def _help(*args: str) -> int:
+    if args and args[0] in COMMANDS: return main([args[0], "--help"])
+    lines = (f"  {name:8}{(getdoc(command(name)) or '').splitlines()[0]}" for name in COMMANDS)
+    return _print("usage: fastcgi COMMAND ...", "", "FastCGI for Python: applications behind a web server.", "",
+                  "commands:", *lines, "", "`fastcgi COMMAND --help` tells more of each.")
 
 
 def _print(*lines: str) -> int:
@@ -178,9 +300,9 @@ def _print(*lines: str) -> int:
     return 0
 
 
-def _wrong(prog: str, message: str) -> int:
+def _wrong(prog: str, message: str, status: int = 2) -> int:
     print(f"{prog}: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _say(text: bytes | str) -> None:
@@ -201,7 +323,7 @@ def _params(target: str, method: str, body: bool, header: tuple[str, ...], param
     if "host" not in given: headers.append(("Host", "localhost"))
     if body and "content-type" not in given: headers.append(("Content-Type", "application/x-www-form-urlencoded"))
     try: params = cgi_params(method, _latin(target), [(k, _latin(v)) for k, v in headers])
-    except HandlerException as e: raise Mistake(f"{e}: {target}") from e
+    except HandlerException as e: raise Mistake(f"{e}: {target}; give another one") from e
     return params | dict(_split(o, "=", "a parameter, as in 'NAME=value'") for o in param)
 
 
@@ -212,6 +334,38 @@ def _split(s: str, by: str, what: str) -> tuple[str, str]:
 
 
 def _latin(s: str) -> str: return os.fsencode(s).decode("latin-1")
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    "What goes wrong is said with what to do about it. Status 2: there is no answer."
+    from .errors import ConnectionLost, RemoteProtocolError
+    from .sockets import AddressError
+    start = "start the application, or give the address at which it listens"
+    try: yield
+    except (Mistake, BrokenPipeError): raise
+    except AddressError as e: raise Mistake(str(e)) from e
+    except TimeoutError as e: raise Mistake(f"{e}: give it more with --timeout, or look what it does") from e
+    except ConnectionLost as e: raise Mistake(f"{e}: the application's log may say why") from e
+    except RemoteProtocolError as e:
+        if "header" in str(e) or "Status" in str(e):
+            raise Mistake(f"{e}: an answer begins with header lines and an empty line; -v shows what came") from e
+        raise Mistake(f"{e}: is it FastCGI that {address} speaks? If it is HTTP, use curl") from e
+    except OSError as e:
+        why = {errno.ENOENT: f"no socket at {address}: {start}", errno.ENOTSOCK: f"{address} is no socket: {start}",
+               errno.ECONNREFUSED: f"nobody listens at {address}: {start}",
+               errno.EACCES: f"not allowed to connect to {address}: run this as its owner, or as one of its group"}
+        if (line := why.get(e.errno or 0)) is None: raise Mistake(f"{e.strerror or e}: {address}") from e
+        raise Mistake(line) from e
+    except FcgiError as e: raise Mistake(str(e)) from e
+
+
+def _refusal(status: int) -> str:
+    from .core import Status
+    name = Status(status).name if status in Status._value2member_map_ else str(status)
+    why = {"OVERLOADED": "it has too much to do; try again, or give it more workers",
+           "UNKNOWN_ROLE": "it does not serve this role", "CANT_MPX_CONN": "it serves one request a connection"}
+    return f"the request was refused: {name}: {why.get(name, 'see the log of the application')}"
 
 
 @contextmanager
@@ -231,7 +385,8 @@ def _read(data: str) -> bytes:
 
 
 def _open(name: str) -> IO[bytes]:
-    return open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-")
+    try: return open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-")
+    except OSError as e: raise Mistake(f"cannot read {name}: {e.strerror}; -d @FILE sends a file") from e
 
 
 def _show_record(sent: bool, typ: int, request_id: int, content: bytes) -> None:
@@ -245,174 +400,3 @@ def _show_record(sent: bool, typ: int, request_id: int, content: bytes) -> None:
         elif typ in (Request.PARAMS, Request.GET_VALUES, Request.GET_VALUES_RESULT):
             lines += [f"    {k}={v}" for k, v in unpack_params(content).items()]
     for line in lines: _say("".join(o if o.isprintable() else ascii(o)[1:-1] for o in line) + "\n")
-
-
-# dev
-
-class _App:
-    """The application's process, and what has become of it.
-
-    If it ends it is to be started `again`, as web servers do, while new connections wait. But if it ended as soon as it
-    was started, `trouble` says so, with the last that it wrote to standard error, and connections are closed.
-    """
-
-    def __init__(self, file: Path, sock: socket.socket) -> None:
-        self.file, self.sock = file, sock
-        self.trouble, self.again = "", False
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> _App: return self
-    def __exit__(self, *exc: object) -> None: self.stop()
-
-    def start(self) -> None:
-        self.trouble, self.again, self.started = "", False, time.monotonic()
-        self.process = subprocess.Popen([sys.executable, "-c", "from fastcgi.cli import run; run()", str(self.file)],
-                                        stdin=self.sock.fileno(), stderr=subprocess.PIPE, start_new_session=True)
-        self._watcher = threading.Thread(target=self._watch, args=(self.process,))
-        self._watcher.start()
-
-    def stop(self) -> None:
-        "Let what it does end, within bounds."
-        process, self.process = self.process, None
-        if process is None: return
-        process.terminate()
-        try: process.wait(GRACE)
-        except subprocess.TimeoutExpired: _say(f"{self.file} had requests that did not end\n")
-        finally:
-            with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
-            self._watcher.join()
-
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        said = self._listen(process)
-        status = process.wait()
-        if self.process is not process: return
-        with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)  # its workers
-        how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
-        self.again = time.monotonic() - self.started > YOUNG
-        line = f"{self.file} has ended with {how}; it is started anew{'' if self.again else ' when it changes'}"
-        if not self.again: self.trouble = f"{line}\n\n{said.decode('utf-8', 'backslashreplace')}"
-        _say(f"fastcgi dev: {line}\n")
-        if self.again: return
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        while self.process is process:
-            if poll.poll(100): self.sock.accept()[0].close()
-
-    def _listen(self, process: subprocess.Popen[bytes]) -> bytes:
-        "Pass on what it says on standard error until it has ended; the last of that."
-        assert process.stderr
-        said, poll = b"", select.poll()
-        poll.register(process.stderr, select.POLLIN)
-        with process.stderr as pipe:
-            while True:
-                if poll.poll(100):
-                    if not (data := os.read(pipe.fileno(), 1 << 16)): break
-                    said = (said + data)[-TAIL:]
-                    _say(data)
-                elif process.poll() is not None: break
-        return said
-
-
-@contextmanager
-def _serving(path: Path, host: str, port: int, mount: str, root: Path) -> Iterator[Any]:
-    "The front end at work."
-    from .frontend import FrontEnd, FrontEndHandler
-
-    class DevFrontEnd(FrontEnd):
-        app: _App | None = None
-
-        def trouble(self) -> str: return self.app.trouble if self.app else ""
-        def on_stderr(self, data: bytes) -> None: _say(data)
-
-        def log_request(self, handler: FrontEndHandler, seconds: float) -> None:
-            what = f"{handler.command} {handler.path}".encode("latin-1").decode("ascii", "backslashreplace")
-            _say(f"{what} {handler.status} {handler.size} B {seconds * 1000:.0f} ms\n")
-
-    try: web = DevFrontEnd(path, (host, port), mount=mount, root=str(root))
-    except (OSError, OverflowError) as e:
-        taken = isinstance(e, OSError) and e.errno == errno.EADDRINUSE
-        why = "it is in use; choose another --port" if taken else getattr(e, "strerror", e)
-        raise Mistake(f"cannot listen at {host}:{port}: {why}") from e
-    with web:
-        threading.Thread(target=web.serve_forever, args=(.05,), daemon=True).start()
-        try: yield web
-        finally: web.shutdown()
-
-
-def _sources(file: Path) -> dict[str, tuple[int, ...]]:
-    "Paths of `file` and of the Python files beside and below it, with what tells one version from another."
-    found: dict[str, tuple[int, ...]] = {}
-    for folder, folders, names in os.walk(file.parent):
-        folders[:] = [o for o in folders if o[0] != "." and o not in NOT_OURS
-                      and not os.path.exists(os.path.join(folder, o, "pyvenv.cfg"))]
-        for path in (os.path.join(folder, o) for o in names if o.endswith(".py") or o == file.name):
-            with suppress(OSError):
-                st = os.stat(path)
-                found[path] = st.st_mtime_ns, st.st_size, st.st_ino
-    return found
-
-
-def _wakes(folder: Path | None) -> Iterator[object]:
-    "It is time to look: something below `folder` may have changed, or a moment has passed."
-    with suppress(ImportError, OSError, RuntimeError):  # it is not installed, or the system's limit is reached
-        from watchfiles import watch
-        if folder: yield from watch(folder, watch_filter=None, debounce=100, step=20, rust_timeout=int(TICK * 1000),
-                                    yield_on_timeout=True)
-    while True:
-        time.sleep(TICK)
-        yield None
-
-
-def run() -> None:
-    """The application's process: run the file that is the argument as `python FILE` would, on fd 0.
-
-    Whatever server it makes for an FcgiHandler listens there instead of at its own address.
-    """
-    from ctypes import CDLL
-    from socketserver import TCPServer, ThreadingMixIn, UnixStreamServer
-
-    from .handler import FcgiHandler
-    from .prefork import PreForkMixIn
-    from .sockets import is_listening, listen
-    file = sys.argv[1]
-    sys.argv[:] = [file]
-    sys.path[0] = str(Path(file).resolve().parent)
-    FcgiHandler.show_errors = True
-    logging.getLogger("fastcgi.server").setLevel(logging.WARNING)
-    # STDERR has the traceback, and the front end shows it
-    logging.getLogger("fastcgi.handler").addFilter(lambda o: not str(o.msg).startswith("handler raised"))
-    with suppress(Exception): CDLL(None).prctl(1, signal.SIGTERM)  # Linux: PR_SET_PDEATHSIG, should `dev` be killed
-    served: list[Any] = []
-    bind, prefork_bind = TCPServer.server_bind, PreForkMixIn.server_bind
-
-    def server_bind(self: Any) -> None:
-        if isinstance(o := self.RequestHandlerClass, type) and not issubclass(o, FcgiHandler): return bind(self)
-        served.append(self)
-        self.socket.close()
-        self.socket = listen("fd:0")
-        self.server_address = self.socket.getsockname()
-        stop = threading.Thread(target=self.shutdown, daemon=True)
-        signal.signal(signal.SIGTERM, lambda *_: stop.start())
-        self.serve_forever = lambda *_: type(self).serve_forever(self, .05)
-
-    def server_bind_prefork(self: Any) -> None:
-        served.append(self)
-        self.server_address = "fd:0"
-        prefork_bind(self)
-
-    class Server(PreForkMixIn, ThreadingMixIn, UnixStreamServer): workers = 0
-
-    TCPServer.server_bind, PreForkMixIn.server_bind = server_bind, server_bind_prefork  # type: ignore[method-assign]
-    main = sys.modules["__main__"] = ModuleType("__main__")
-    main.__file__ = file
-    try: exec(compile(Path(file).read_bytes(), file, "exec", dont_inherit=True), vars(main))
-    except Exception as e:
-        e.__traceback__ = e.__traceback__ and e.__traceback__.tb_next  # without this function
-        traceback.print_exception(e)
-        sys.exit(1)
-    handlers = [o for o in vars(main).values() if isinstance(o, type) and issubclass(o, FcgiHandler)
-                and o.__module__ == "__main__"]
-    if served or not is_listening(0): return  # it has served, and is done
-    if not handlers: sys.exit(f"{file} serves nothing: it has no @fastcgi and no class that inherits from FcgiHandler")
-    logging.basicConfig(format="%(name)s: %(message)s")
-    with Server("fd:0", handlers[-1]) as server: server.serve_forever()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from . import core
 from .core import BEGIN_BODY, FCGI_KEEP_CONN, FCGI_VERSION_1, HEADER, MAX_CONTENT, Bytes, Request, Role, Status
 from .errors import ConnectionLost, LimitExceeded, LocalProtocolError, RemoteProtocolError, RequestAborted
+from .native import mypyc_attr
 
 __all__ = ("Connection", "Exchange", "Input", "Limits", "Framing", "Event", "BeginRequest", "Stdin", "StdinEnd",
            "Data", "DataEnd", "AbortRequest", "Refused")
@@ -29,10 +30,12 @@ _PARAMS_OF_1 = b"\1\4\0\1"
 _ENDS_OF_1 = _PARAMS_OF_1 + b"\0\0\0\0\1\5\0\1\0\0\0\0"  # the empty PARAMS and STDIN records
 _END = Struct("!BBHHBxBBHHBxLB3x")  # the empty STDOUT record, then END_REQUEST
 _HEAD_END = re.compile(rb"\A\r?\n|\n\r?\n")  # a CGI header block ends with its blank line (RFC 3875 6.2)
+_LARGE = 1 << 14  # bytes of content from which on it is not copied out of what arrived, see `Connection._large`
 SKIP, STREAM, COLLECT = 0, 1, 2  # what becomes of a record's content
 _COALESCE = 4096  # bytes; smaller pieces of input are kept together, so that tiny records cost no object each
 
 
+@mypyc_attr(native_class=False)  # its attributes are those of subclasses
 class Limits:
     """What one connection may make us hold, and which roles are served. The defaults are safe on the open internet.
 
@@ -42,6 +45,7 @@ class Limits:
     max_pairs: int = 10_000  # name-value pairs of one request: past it 431
     max_requests_held: int = 64  # requests at a time on one connection, waiting or running: past it OVERLOADED
     max_buffer: int = 2 << 20  # bytes held for requests that were not started yet: past it OVERLOADED
+    max_unsent: int = 1 << 20  # bytes of answers kept for a slow peer, that no process waits for it: past it one does
     drain: int = 256 << 20  # bytes of STDIN thrown away after an early answer: past it the connection is closed
     roles: Collection[int] = frozenset(Role)  # served ones; others are refused with UNKNOWN_ROLE
 
@@ -56,12 +60,12 @@ class Input:
     __slots__ = ("_chunks", "_at", "size", "ended")
 
     def __init__(self, ended: bool = False) -> None:
-        self._chunks: list[bytes | bytearray] = []
+        self._chunks: list[Bytes] = []
         self._at = 0  # bytes of the first chunk that were taken
         self.size = 0  # bytes to take
         self.ended = ended  # the stream's empty record has arrived
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: Bytes) -> None:  # not to be changed afterwards
         self.size += len(data)
         if len(data) < _COALESCE and self._chunks and len(last := self._chunks[-1]) < _COALESCE:
             if not isinstance(last, bytearray): self._chunks[-1] = last = bytearray(last)
@@ -72,19 +76,32 @@ class Input:
         "At most `n` bytes, b'' if there are none now."
         if not self.size: return b""
         if n < 0: n = self.size
-        if n < self.size:
-            buf = bytearray(n)
-            self.take_into(memoryview(buf))
-            return bytes(buf)
-        chunks: list[Bytes] = list(self._chunks)
-        if self._at: chunks[0] = memoryview(chunks[0])[self._at:]
-        self.clear()
+        if n < self.size: return self._take_some(n)
+        chunks, at = self._chunks, self._at
+        if at: chunks[0] = memoryview(chunks[0])[at:]
+        self._chunks, self._at, self.size = [], 0, 0
         return b"".join(chunks)
+
+    def _take_some(self, n: int) -> bytes:
+        parts: list[Bytes] = []
+        self.size -= n
+        while n:
+            first, at = self._chunks[0], self._at
+            if len(first) - at > n:
+                parts.append(memoryview(first)[at:at + n])
+                self._at += n
+                break
+            parts.append(memoryview(first)[at:] if at else first)
+            n -= len(parts[-1])
+            self._chunks.pop(0)
+            self._at = 0
+        return b"".join(parts)
 
     def take_line(self, n: int = -1) -> bytes:
         "As `take`, but no further than the next line end, and perhaps less: what has arrived in one piece."
         if not self.size: return b""
         first = self._chunks[0]
+        if isinstance(first, memoryview): self._chunks[0] = first = bytes(first)
         stop = first.find(b"\n", self._at) + 1 or len(first)
         return self.take(stop - self._at if n < 0 else min(n, stop - self._at))
 
@@ -123,6 +140,7 @@ def status_page(
 _NO_INPUT = Input(ended=True)  # nothing is ever fed to it
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Framing:
     """Cuts a byte stream into records, wherever it was cut on the way.
 
@@ -142,15 +160,24 @@ class Framing:
         "A record begins. What to do with its content: SKIP, STREAM or COLLECT."
         raise NotImplementedError
 
-    def _content(self, typ: int, request_id: int, data: bytes) -> None: raise NotImplementedError
+    def _content(self, typ: int, request_id: int, data: Any) -> None: raise NotImplementedError  # data: see `_large`
+
+    def _large(self, data: bytes, at: int, stop: int) -> Any:
+        "A large piece of content, for `_content`."
+        return data[at:stop]
 
     def _body(self, typ: int, request_id: int, body: bytes) -> None: raise NotImplementedError
+
+    @property
+    def midway(self) -> bool:
+        "A record has begun to arrive, and is not whole."
+        return bool(self._cut or self._left or self._pad)
 
     def _feed(self, data: bytes) -> None:
         "Read all of `data`. Raises `RemoteProtocolError` where it is no record of version 1."
         if self._cut: data, self._cut = self._cut + data, b""
         end = len(data)
-        at = self._resume(data) if self._left or self._pad else 0
+        at = self._resume(data, 0) if self._left or self._pad else 0
         while end - at >= 8:
             version, typ, request_id, length, padding = HEADER.unpack_from(data, at)
             if version != FCGI_VERSION_1: raise RemoteProtocolError(f"record version {version}, not 1", typ, request_id)
@@ -161,29 +188,30 @@ class Framing:
                 if stop > end:
                     self._left, self._pad, self._type, self._id = length, padding, typ, request_id
                     self._whole = bytearray() if todo == COLLECT else None
-                    at += self._resume(data[at:])
+                    at = self._resume(data, at)
                     break
                 if todo == COLLECT: self._body(typ, request_id, data[at:stop])
-                else: self._content(typ, request_id, data[at:stop])
+                else: self._content(typ, request_id, data[at:stop] if length < _LARGE else self._large(data, at, stop))
             at = stop + padding
             if at > end: self._pad = at - end
         if at < end: self._cut = data[at:]
 
-    def _resume(self, data: bytes) -> int:
-        "Go on inside a record that was cut; how many bytes of `data` belong to it."
-        used = min(self._left, len(data))
+    def _resume(self, data: bytes, at: int) -> int:
+        "Go on inside a record that was cut, which `data` has more of from `at` on; up to where."
+        used = min(self._left, len(data) - at)
         if used:
             self._left -= used
-            piece = data[:used]
+            piece = data[at:at + used] if used < _LARGE else self._large(data, at, at + used)
+            at += used
             if self._whole is None: self._content(self._type, self._id, piece)
             else: self._whole += piece
-        if self._left: return used
+        if self._left: return at
         if self._whole is not None:
             body, self._whole = bytes(self._whole), None
             self._body(self._type, self._id, body)
-        skip = min(self._pad, len(data) - used)
+        skip = min(self._pad, len(data) - at)
         self._pad -= skip
-        return used + skip
+        return at + skip
 
 
 class Exchange:
@@ -194,12 +222,14 @@ class Exchange:
     """
     __slots__ = ("connection", "id", "role", "keep_conn", "environ", "stdin", "data", "aborted", "started", "ended",
                  "answered", "_params", "_stdout", "_stderr", "_head_done", "_scanned", "_err_used", "_mute", "_status",
-                 "_held", "_drained", "_assumed")
+                 "_held", "_drained", "_assumed", "_left", "_head")
 
-    def __init__(self, connection: Connection, request_id: int, role: int, keep_conn: bool) -> None:
+    def __init__(
+        self, connection: Connection, request_id: int, role: int, keep_conn: bool, empty: bool = False,
+    ) -> None:  # empty: STDIN is, and has ended
         self.connection, self.id, self.role, self.keep_conn = connection, request_id, role, keep_conn
         self.environ: dict[str, str] = {}
-        self.stdin = _NO_INPUT if role == 2 else Input()  # an Authorizer's is not ended by lighttpd (spec 6.3)
+        self.stdin = _NO_INPUT if empty or role == 2 else Input()  # lighttpd does not end an Authorizer's (spec 6.3)
         self.data = Input() if role == 3 else _NO_INPUT
         self.aborted = False  # the web server aborted the request, or its side of the connection ended
         self.started = False  # its handler runs, so the flow of its input is that handler's business
@@ -213,14 +243,26 @@ class Exchange:
         self._err_used = False  # a STDERR record has left
         self._mute = False  # nobody is there to read an answer
         self._held = 0  # bytes of it that count as held by the connection
-        self._assumed = role == 2  # STDIN counts as ended, but its empty record has not come
+        self._assumed = role == 2 and not empty  # STDIN counts as ended, but its empty record has not come
         self._drained = 0  # bytes of input thrown away because the answer had ended before
         self._status = (0, 0)  # of END_REQUEST, while it waits for the end of STDIN
+        self._left = 0  # bytes of STDOUT that have left `_stdout`, which keeps what leaves with END_REQUEST
+        self._head = b""  # the first of them
 
     @property
     def complete(self) -> bool:
         "All input of the request has arrived."
         return self._params is None and self.stdin.ended and self.data.ended
+
+    @property
+    def written(self) -> int:
+        "Bytes of STDOUT that were written, and neither discarded nor dropped."
+        return self._left + len(self._stdout)
+
+    @property
+    def head(self) -> bytes | bytearray:
+        "The first of them: at most 256, enough to see a status."
+        return self._head or self._stdout[:256]
 
     def check(self) -> None:
         "Raise `RequestAborted` or `ConnectionLost` if the input that has not come yet will not come."
@@ -331,6 +373,9 @@ class Exchange:
 
     def _records(self, typ: int, data: Bytes) -> None:
         out, view = self.connection.output, memoryview(data)
+        if typ == STDOUT:
+            if not self._left: self._head = bytes(view[:256])
+            self._left += len(view)
         for i in range(0, len(view), MAX_CONTENT):
             chunk = view[i:i + MAX_CONTENT]
             out += HEADER.pack(1, typ, self.id, len(chunk), 0), chunk
@@ -453,7 +498,9 @@ class Connection(Framing):
     @property
     def held(self) -> int:
         "Bytes of input that have arrived and were not read."
-        return sum(x.stdin.size + x.data.size for x in self.exchanges.values())
+        size = 0
+        for x in self.exchanges.values(): size += x.stdin.size + x.data.size
+        return size
 
     def stop_draining(self) -> None:
         "The end of STDIN does not come: end the requests that wait for it, and take no others."
@@ -471,19 +518,20 @@ class Connection(Framing):
     def _small_request(self, data: bytes) -> bool:
         """Take the usual small request, which arrives in one piece: BEGIN_REQUEST, PARAMS, both streams ended, of id 1.
 
-        The same steps as record by record, without a look at each. False if `data` is anything else.
+        The same steps as record by record, without a look at each. False if `data` is anything else, or to be refused.
         """
         if not data.startswith(_BEGIN_OF_1) or data[16:20] != _PARAMS_OF_1 or len(data) < 40: return False
         if self.exchanges or self._cut or self._left or self._pad or self.closing: return False
-        length = data[20] << 8 | data[21]
+        length, role, limits = data[20] << 8 | data[21], data[8] << 8 | data[9], self.limits
         end = 24 + length
-        if not 0 < length <= self.limits.max_params or data[end + data[22]:] != _ENDS_OF_1: return False
-        self._begin(1, data[8] << 8 | data[9], data[10])
-        if exchange := self.exchanges.get(1):
-            exchange._params = data[24:end]
-            self._params_end(exchange)
-            exchange._assumed = False  # its end is there
-            if not exchange.stdin.ended and 1 in self.exchanges: self._input_end(exchange, STDIN)
+        if not 0 < length <= limits.max_params or data[end + data[22]:] != _ENDS_OF_1: return False
+        if role not in limits.roles or limits.max_requests_held < 1: return False
+        try: environ = core.unpack_params(data[24:end], limits.max_pairs)
+        except RemoteProtocolError: return False
+        exchange = self.exchanges[1] = Exchange(self, 1, role, bool(data[10] & FCGI_KEEP_CONN), True)
+        exchange.environ, exchange._params = environ, None
+        self._events.append(_event(BeginRequest, (exchange,)))
+        if role != 2: self._events.append(_event(StdinEnd, (exchange,)))
         return True
 
     def _header(self, typ: int, request_id: int, length: int) -> int:
@@ -514,7 +562,11 @@ class Connection(Framing):
         if typ == ABORT_REQUEST: self._abort(exchange, self._events)
         return SKIP
 
-    def _content(self, typ: int, request_id: int, data: bytes) -> None:
+    def _large(self, data: bytes, at: int, stop: int) -> Any:
+        "Copied where it is read, and not before, if it is most of `data`, which is kept for it."
+        return memoryview(data)[at:stop] if 4 * (stop - at) > 3 * len(data) else data[at:stop]
+
+    def _content(self, typ: int, request_id: int, data: Any) -> None:  # data: bytes, or what `_large` gives
         exchange = self.exchanges.get(request_id)
         if exchange is None: return  # it ended in the middle of a record
         if exchange.ended:
@@ -522,12 +574,12 @@ class Connection(Framing):
             if exchange._drained <= self.limits.drain: return
             raise LimitExceeded("drain", self.limits.drain, exchange._drained, request_id)
         if typ == PARAMS:
-            if not exchange._params: exchange._params = data
+            if not exchange._params: exchange._params = bytes(data)
             elif isinstance(exchange._params, bytes): exchange._params = bytearray(exchange._params) + data
             else: exchange._params += data
         elif typ == STDIN:
             exchange.stdin.feed(data)
-            self._events.append(Stdin(exchange))
+            self._events.append(_event(Stdin, (exchange,)))
         else:
             exchange.data.feed(data)
             self._events.append(Data(exchange))
@@ -565,12 +617,11 @@ class Connection(Framing):
     # One request
 
     def _params_end(self, exchange: Exchange) -> None:
-        params = exchange._params or b""
-        exchange._params = None
-        try: exchange.environ = core.unpack_params(params, self.limits.max_pairs)
+        try: exchange.environ = core.unpack_params(exchange._params or b"", self.limits.max_pairs)
         except LimitExceeded as e:
             self._refuse(exchange, "431 Request Header Fields Too Large", Status.REQUEST_COMPLETE, e)
             return
+        exchange._params = None
         self._events.append(_event(BeginRequest, (exchange,)))
         # Interop: HAProxy ends an empty chunked upload with CONTENT_LENGTH=0 alone (tests/vectors/haproxy)
         if exchange.environ.get("CONTENT_LENGTH") == "0" and not exchange.stdin.ended:
@@ -596,9 +647,9 @@ class Connection(Framing):
     def _abort(self, exchange: Exchange, events: list[Event]) -> None:
         if exchange.aborted: return
         exchange.aborted = True
-        exchange._silence()
-        if exchange.ended: exchange._finish()  # it was draining
+        if exchange.ended: exchange._finish()  # it was draining, and its answer is complete
         else:
+            exchange._silence()
             if exchange._params is None: events.append(AbortRequest(exchange))
             if not exchange.started: exchange.end()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
-from .errors import LimitExceeded, LocalProtocolError, RemoteProtocolError
+from .errors import LimitExceeded, LocalProtocolError, ProtocolError, RemoteProtocolError
 
 __all__ = ("Request", "Role", "Status", "pack", "unpack_from", "unpack_sz", "pack_rec", "unpack_rec",
            "unpack_content", "pack_pairs", "unpack_pairs", "pack_params", "unpack_params",
@@ -61,16 +61,22 @@ END_BODY = struct.Struct("!LB3x")  # application status, protocol status
 LONG = struct.Struct("!L")
 
 
+def _caused(error: ProtocolError, cause: Exception) -> ProtocolError:
+    "`raise error from cause` says this itself, but not where mypyc compiled it."
+    error.__cause__ = cause
+    return error
+
+
 def pack(fmt: str, *args: Any, prefix: str = "!") -> bytes:
     "`struct.pack` in network byte order. Raises `LocalProtocolError` if `args` do not fit `fmt`."
     try: return struct.pack(prefix + fmt, *args)
-    except struct.error as e: raise LocalProtocolError(f"cannot pack {fmt!r}: {e}") from e
+    except struct.error as e: raise _caused(LocalProtocolError(f"cannot pack {fmt!r}: {e}"), e) from e
 
 
 def unpack_from(fmt: str, s: Bytes, offset: int = 0, prefix: str = "!") -> tuple[Any, ...]:
     "`struct.unpack_from` in network byte order. Raises `RemoteProtocolError` if `s` is too short."
     try: return struct.unpack_from(prefix + fmt, s, offset)
-    except struct.error as e: raise RemoteProtocolError(f"cannot unpack {fmt!r}: {e}") from e
+    except struct.error as e: raise _caused(RemoteProtocolError(f"cannot unpack {fmt!r}: {e}"), e) from e
 
 
 def unpack_sz(fmt: str, s: Bytes, offset: int = 0, prefix: str = "!") -> tuple[int, Any]:
@@ -93,7 +99,7 @@ def pack_rec(
 def unpack_rec(
     c: Bytes,  # at least one whole record, from `i`
     i: int = 0,  # where it begins
-) -> tuple[int, tuple[int, bytes]]:  # where the next begins; its type (a `Request` if it is one) and content
+) -> tuple[int, tuple[Request | int, bytes]]:  # where the next begins; its type (a `Request` if it is one) and content
     "Read one record (spec 3.3). Raises `RemoteProtocolError` if it is cut or its version is not 1."
     if i < 0 or len(c) - i < FCGI_HEADER_LEN: raise RemoteProtocolError("record header cut short")
     version, typ, request_id, length, padding = HEADER.unpack_from(c, i)
@@ -101,8 +107,8 @@ def unpack_rec(
     start = i + FCGI_HEADER_LEN
     end = start + length
     if end + padding > len(c): raise RemoteProtocolError("record cut short", typ, request_id)
-    if typ in Request._value2member_map_: typ = Request(typ)
-    return end + padding, (typ, bytes(c[start:end]))
+    known = Request(typ) if typ in Request._value2member_map_ else typ
+    return end + padding, (known, bytes(c[start:end]))
 
 
 def unpack_content(
@@ -167,7 +173,7 @@ def _unpack_len(data: bytes, at: int) -> tuple[int, int]:
 
 def _encode(s: str | bytes) -> bytes:
     try: return s.encode("utf-8", "surrogateescape") if isinstance(s, str) else bytes(s)
-    except UnicodeEncodeError as e: raise LocalProtocolError(f"name or value is no text: {e}") from e
+    except UnicodeEncodeError as e: raise _caused(LocalProtocolError(f"name or value is no text: {e}"), e) from e
 
 
 def pack_params(
@@ -184,12 +190,13 @@ def unpack_params(
     """Decode name-value pairs to a dict. Raises `RemoteProtocolError` if the last pair is cut.
 
     A repeated HTTP_COOKIE is joined with `; ` (RFC 6265 5.4), another repeated HTTP_ name with `, `
-    (RFC 9110 5.2); of any other name the last counts.
+    (RFC 9110 5.2), but not HTTP_HOST, of which there is one: it is there again where an administrator
+    has set it anew. Of it, and of any other name, the last counts.
     """
-    data = bytes(data)
+    if isinstance(data, memoryview): data = bytes(data)
     end, at, n = len(data), 0, 0
     ascii = data.isascii()
-    data += b"\x80"  # a sentinel: with a last odd byte it makes a pair that passes the end
+    data = b"".join((data, b"\x80"))  # a sentinel: with a last odd byte it makes a pair that passes the end
     text = data.decode("latin-1")  # one character a byte: decode once, slice often
     params: dict[str, str] = {}
     while at < end:
@@ -197,10 +204,8 @@ def unpack_params(
         stop = min(end, at + 2 * (max_pairs - n))  # a pair takes 2 bytes at least, so up to there are not too many
         if ascii:  # so no length takes 4 bytes: the usual request, and the hot loop of this library
             while at < stop:
-                name = at + 2
-                value = name + data[at]
-                at = value + data[at + 1]
-                params[text[name:value]] = text[value:at]
+                value = data[at] + (name := at + 2)
+                params[text[name:value]] = text[value:(at := value + data[at + 1])]
                 n += 1
         while at < stop:
             name, nlen, vlen = at + 2, data[at], data[at + 1]
@@ -224,5 +229,5 @@ def _join_repeated(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     "Latin-1 params of `pairs`; header fields sent more than once are joined as their RFCs say."
     values: dict[str, list[str]] = {}
     for name, value in pairs: values.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
-    comma = {k: "; " if k == "HTTP_COOKIE" else ", " for k in values if k.startswith("HTTP_")}
+    comma = {k: "; " if k == "HTTP_COOKIE" else ", " for k in values if k.startswith("HTTP_") and k != "HTTP_HOST"}
     return {k: comma[k].join(v) if k in comma else v[-1] for k, v in values.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, update_wrapper
 from os import PathLike
 from socketserver import TCPServer
@@ -17,9 +17,13 @@ from .cgi import CGIHandler, is_cgi, run_as_cgi
 from .prefork import PreForkMixIn
 from .sockets import AddressError, is_listening, systemd_sockets
 
-__all__ = ("fastcgi",)
+__all__ = ("fastcgi", "CGIServer", "inherited_address", "is_option", "unknown_options")
 
 log = logging.getLogger("fastcgi.server")
+
+ALONE = "its function has a process for itself, with os.environ and sys.stdin; let it have more workers"
+NO_OPTIONS = {"load", "observer", "scoreboard", "allow_reuse_address", "allow_reuse_port", "address_family",
+              "socket_type"}
 
 
 class CGIServer(PreForkMixIn, TCPServer):
@@ -48,28 +52,45 @@ def fastcgi(
 
 def _classes(func: Callable[[], Any], options: dict[str, Any]) -> tuple[type[CGIServer], type[CGIHandler]]:
     "A server's and a handler's class that have the options as attributes."
-    for_server = {k: v for k, v in options.items() if _is_option(PreForkMixIn, k)}
-    for_handler = {k: v for k, v in options.items() if _is_option(CGIHandler, k) or k == "stderr"}
+    for_server = {k: v for k, v in options.items() if is_option(PreForkMixIn, k)}
+    for_handler = {k: v for k, v in options.items() if is_option(CGIHandler, k)}
     if unknown := sorted({*options} - {*for_server} - {*for_handler}):
-        raise TypeError(f"@fastcgi has no option {', '.join(unknown)}")
+        raise TypeError(unknown_options("@fastcgi has no option", unknown, PreForkMixIn, CGIHandler))
+    if options.get("threads", 1) != 1: raise TypeError(f"@fastcgi takes no threads: {ALONE}")
     handler = type(f"{func.__name__}_handler", (CGIHandler,), {**for_handler, "program": staticmethod(func)})
     return type(f"{func.__name__}_server", (CGIServer,), for_server), handler
 
 
-def _is_option(cls: type, name: str) -> bool:
-    return not name.startswith("_") and hasattr(cls, name) and not callable(getattr(cls, name))
+def is_option(
+    cls: type,  # a server's or a handler's
+    name: str,
+) -> bool:
+    "Whether `name` is an attribute that sets a policy of `cls`."
+    if name == "stderr": return hasattr(cls, "stderr_to")  # in a handler's class body it is `stderr_to`
+    return name[:1] != "_" and name not in NO_OPTIONS and hasattr(cls, name) and not callable(getattr(cls, name))
+
+
+def unknown_options(message: str, unknown: Iterable[str], *classes: type) -> str:
+    "The message for options that are none, with those that are like them."
+    from .settings import near
+    names = [o for cls in classes for o in (*dir(cls), "stderr") if is_option(cls, o)]
+    return f"{message} {', '.join(unknown)}{near(next(iter(unknown)), dict.fromkeys(names))}"
+
+
+def inherited_address() -> str | None:
+    "The address of a socket that a web server (descriptor 0) or systemd has started this program with, if any has."
+    return "fd:0" if is_listening(0) else "systemd" if systemd_sockets() else None
 
 
 def _main(func: Callable[[], Any], address: Any, server: type[CGIServer], handler: type[CGIHandler]) -> None:
     "Run in the way in which this program was started."
     try:
-        if is_listening(0): address = "fd:0"
-        elif systemd_sockets(): address = "systemd"
+        if inherited := inherited_address(): address = inherited
         elif is_cgi(): return run_as_cgi(func)
         # A program may set up logging, a library may not; here we are the program, unless it has done so itself.
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        with server(address, handler) as srv:
-            log.info("serving %s at %s; Ctrl-C ends it", func.__name__, address)
+        started = partial(log.info, "serving %s at %s; Ctrl-C ends it", func.__name__, address)
+        with type(server.__name__, (server,), {"started": staticmethod(started)})(address, handler) as srv:
             srv.serve_forever()
     except AddressError as e: sys.exit(f"fastcgi: {e}")
     except KeyboardInterrupt: sys.exit(130)

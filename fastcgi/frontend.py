@@ -211,10 +211,14 @@ class FrontEndHandler(MinimalHTTPHandler):
     def _fail(self, code: int, line: str) -> None:
         "Tell the client, and in one line the log, why there is no answer."
         log.error("%s", line.partition("\n")[0])
-        page = f"{code} {HTTPStatus(code).phrase}\n\n{line}\n".encode("utf-8", "backslashreplace")
+        self._page(code, "text/plain", f"{code} {HTTPStatus(code).phrase}\n\n{line}\n")
+
+    def _page(self, code: int, kind: str, text: str) -> None:
+        "Answer by ourselves."
+        page = text.encode("utf-8", "backslashreplace")
         self.status, self.size = code, 0 if self.command == "HEAD" else len(page)
         self.send_response(code)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", len(page))
         self.end_headers()
         if self.size: self.wfile.write(page)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import select
 from collections.abc import Mapping
 from functools import partial
@@ -15,10 +16,11 @@ from socketserver import BaseRequestHandler, ForkingMixIn, ThreadingMixIn
 from time import monotonic
 from typing import Any
 
+from . import forks
 from .connection import Connection, Exchange
 from .core import Bytes, Request
 from .errors import ConnectionLost, RequestAborted
-from .request import FcgiRequest, crlf, write_log
+from .request import FcgiRequest, Lazy, crlf, write_log
 from .streams import Channel, InputStream, OutputStream, read
 
 __all__ = ("FcgiHandler",)
@@ -37,12 +39,6 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
     An exception in `handle` is logged, goes to FCGI_STDERR, and gives `500` if no output has left. `SystemExit(n)` ends
     the request with application status n. What is written after the web server has gone is dropped.
     """
-    stdin: InputStream
-    data: InputStream
-    rfile: InputStream
-    stdout: OutputStream
-    stderr: OutputStream
-    wfile: OutputStream
     _channel: Channel
 
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
@@ -110,26 +106,31 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
         if name not in _STREAMS: raise KeyError(k)
         return getattr(self, name)  # type: ignore[no-any-return]
 
-    def __getattr__(self, name: str) -> Any:
-        "Streams are made when they are first asked for."
-        if name not in _STREAMS and name not in _ALIASES:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        name = _ALIASES.get(name, name)
-        channel, exchange = self._channel, self._exchange
-        stream: Any
-        if name == "stdin": stream = self.rfile = InputStream(channel, exchange, exchange.stdin)
-        elif name == "data": stream = InputStream(channel, exchange, exchange.data)
-        elif name == "stdout": stream = self.wfile = OutputStream(channel, exchange, channel.write)
-        elif self.stderr_to == "log": stream = OutputStream(channel, exchange, write_log)
-        else: stream = OutputStream(channel, exchange, channel.write_err)
-        setattr(self, name, stream)
-        return stream
+    @Lazy
+    def stdin(self) -> InputStream: return InputStream(self._channel, self._exchange, self._exchange.stdin)
+
+    @Lazy
+    def data(self) -> InputStream: return InputStream(self._channel, self._exchange, self._exchange.data)
+
+    @Lazy
+    def stdout(self) -> OutputStream: return OutputStream(self._channel, self._exchange, self._channel.write)
+
+    @Lazy
+    def stderr(self) -> OutputStream:
+        write = write_log if self.stderr_to == "log" else self._channel.write_err
+        return OutputStream(self._channel, self._exchange, write)
+
+    @Lazy
+    def rfile(self) -> InputStream: return self.stdin
+
+    @Lazy
+    def wfile(self) -> OutputStream: return self.stdout
 
     # One request
 
     def _answer(self) -> None:
         "Run the life cycle of `BaseRequestHandler`, and end the request whatever happens."
-        channel, exchange = self._channel, self._exchange
+        channel, exchange, before = self._channel, self._exchange, forks.count
         try:
             self.setup()
             try: self.handle()
@@ -141,12 +142,12 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
             self._failed(e)
             raise
         finally:
+            if forks.count != before: os._exit(self.app_status & 0xFF)  # forked in `handle`: the parent answers
             if not exchange.answered: self._check_answer()
             channel.end(exchange, self.app_status)
 
 
 _STREAMS = ("stdin", "data", "stdout", "stderr")
-_ALIASES = {"rfile": "stdin", "wfile": "stdout"}
 
 
 class _Session(Channel):
@@ -166,31 +167,68 @@ class _Session(Channel):
         self.cls = cls = type(handler)
         # what a subclass's own __init__ set before; to ask an empty handler for its dict would make all it does slower
         self.fixed = {} if cls.__init__ is FcgiHandler.__init__ else vars(handler).copy()
-        self.server = server
-        Channel.__init__(self, request, Connection(cls, partial(_values, server)), cls.timeout, client_address)
+        self.server, self.observer = server, getattr(server, "observer", None)
+        connection = Connection(cls, partial(_values, server))
+        Channel.__init__(self, request, connection, cls.timeout, client_address, cls.read_timeout)
+        self.alone = not isinstance(server, (ThreadingMixIn, ForkingMixIn))  # the server serves nobody meanwhile
+        if self.alone and hasattr(server, "park"): self.parks = True
 
     def run(self, handler: FcgiHandler | None = None) -> None:
         "Serve what is there; return when the connection is done with, or parked."
-        connection = self.connection
+        connection, answered = self.connection, False
         while not self.lingering:
-            if self.waiting and (exchange := self.next_exchange()):
+            if self.waiting and not (connection.output and self.parks) and (exchange := self.next_exchange()):
                 self.answer(handler or self.fresh(), exchange)
-                handler = None
+                handler, answered = None, True
+            elif connection.output and self.parks:
+                if not self.send_rest() and not self.wait(): return
             elif connection.eof or connection.closing and not connection.exchanges: self.lingering = True
-            elif not self.receive() and not self.wait(): return
+            elif (answered or not self.take_in()) and not self.wait(): return  # just answered: too soon for the next
+            else: answered = False
         if connection.early:
             while not self.linger() and self.wait(): pass
 
+    def send_rest(self) -> bool:
+        """Send what the peer takes now of what was kept for it. Whether something has changed.
+
+        As in `Channel._wait_writable` its input is taken in meanwhile, within bounds.
+        """
+        left = self.unsent()
+        self.send(patient=False)
+        if (now := self.unsent()) < left: self.waits_for = ""  # it is slow, and there
+        return now < left or not self.full() and self.receive(0, patient=False)
+
+    def full(self) -> bool:
+        "No input is taken in while the peer does not take our output."
+        connection = self.connection
+        limits = connection.limits
+        return connection.eof or bool(self.waiting) or connection.held > limits.max_buffer or \
+            self.unsent() > limits.max_unsent
+
+    def take_in(self) -> bool:
+        """As `receive`. Where no request is under way, what it sends are answers of the connection itself, as to
+        GET_VALUES: nobody waits for a peer that asks for so many and reads none.
+        """
+        connection = self.connection
+        if connection.exchanges or self.parks: return self.receive(0, not self.parks)
+        came = self.receive(patient=False)
+        if connection.output: self.give_up("nothing was read", 0)
+        return came
+
     def fresh(self) -> FcgiHandler:
         handler = object.__new__(self.cls)
-        vars(handler).update(self.fixed)
+        if self.fixed: vars(handler).update(self.fixed)
         return handler
 
     def answer(self, handler: FcgiHandler, exchange: Exchange) -> None:
         handler.request, handler.client_address, handler.server = self.socket, self.peer, self.server
         handler._channel = self
         handler._begin(exchange)
-        handler._answer()
+        if (observer := self.observer) is None: handler._answer()
+        else:
+            observer.begin(handler)
+            try: handler._answer()
+            finally: observer.end(handler)
         self.served, self.waits_for = True, ""
 
     def wait(self) -> bool:
@@ -199,25 +237,29 @@ class _Session(Channel):
         Called when nothing is there to read. An answered request whose input still comes has `timeout` seconds for
         that, in which it may not be silent for `linger_timeout`.
         """
-        exchanges, now, timeout = self.connection.exchanges.values(), monotonic(), self.timeout
+        connection, now = self.connection, monotonic()
+        exchanges = connection.exchanges.values()
+        events = select.POLLIN
         if self.lingering: what = "close"
-        elif not exchanges: what = "request"
+        elif self.parks and connection.output:
+            what, events = "room", select.POLLOUT | (0 if self.full() else select.POLLIN)
+        elif not exchanges: what = "rest of a request" if connection.midway else "request"
         else: what = "rest of a request" if any(not o.ended for o in exchanges) else "end of STDIN"
         if what != self.waits_for: self.waits_for, self.since = what, now
         elif self.until is not None and now >= self.until: return self.expired()
-        limit = self.cls.idle_timeout if what == "request" else timeout
+        if what == "request": limit = self.cls.idle_timeout
+        else: limit = self.read_timeout if what == "rest of a request" else self.timeout
         self.until = None if limit is None else self.since + limit
         if what in ("close", "end of STDIN"):
             self.until = min(now + self.cls.linger_timeout, self.until or math.inf)
         server, idle = self.server, what == "request"
-        alone = not isinstance(server, (ThreadingMixIn, ForkingMixIn))
         stay = math.inf if not idle else 0 if self.served else FRESH  # seconds, when a `PreForkMixIn` stops
-        if alone and (park := getattr(server, "park", None)):
-            park(self.socket, self.run, self.until, stay)
+        if self.alone and (park := getattr(server, "park", None)):
+            park(self.socket, self.run, self.until, stay, events)
             return False
         watch = select.poll()
         watch.register(self.socket, select.POLLIN)
-        if alone and idle and self.served and hasattr(server, "fileno"): watch.register(server, select.POLLIN)
+        if self.alone and idle and self.served and hasattr(server, "fileno"): watch.register(server, select.POLLIN)
         told = getattr(server, "idle", None) if idle else None
         if told is not None:
             told[self.socket] = stay
@@ -232,7 +274,8 @@ class _Session(Channel):
             self.connection.stop_draining()
             self.send()
             return True
-        if self.waits_for != "request":
+        if self.waits_for == "room": self.give_up("nothing was read", self.timeout)
+        elif self.waits_for != "request":
             say = log.debug if self.lingering else log.warning
             say("connection closed: no %s in %.0f s, peer=%r", self.waits_for, monotonic() - self.since, self.peer)
         self.connection.receive_eof()
@@ -242,5 +285,5 @@ class _Session(Channel):
 def _values(server: Any) -> Mapping[str, str]:
     "What GET_VALUES is told (spec 4.1): on a connection, requests are served one after another."
     conns = 1000 if isinstance(server, ThreadingMixIn) else getattr(server, "max_children", 1)
-    conns = str(getattr(server, "max_conns", conns))
+    conns = str(getattr(server, "max_connections", conns))
     return {"FCGI_MAX_CONNS": conns, "FCGI_MAX_REQS": conns, "FCGI_MPXS_CONNS": "0"}

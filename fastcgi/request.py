@@ -7,7 +7,8 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 from .connection import Exchange, Limits, status_page
 from .core import Bytes
@@ -21,6 +22,23 @@ CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160))}
 KEEP_LINES = {k: v for k, v in CONTROLS.items() if k not in (9, 10)}
 
 
+T = TypeVar("T")
+
+
+class Lazy(Generic[T]):
+    "An attribute that is made when it is first asked for. With `__getattr__` instead all others would be slower."
+
+    def __init__(self, make: Callable[[Any], T]) -> None: self.make, self.name = make, ""
+
+    def __set_name__(self, owner: Any, name: str) -> None: self.name = name
+
+    def __get__(self, o: Any, cls: Any = None) -> T:
+        if o is None: return self  # type: ignore[return-value]
+        res = self.make(o)
+        setattr(o, self.name, res)
+        return res
+
+
 class FcgiRequest(Limits):
     """What `FcgiHandler` and `AsyncFcgiHandler` share.
 
@@ -28,11 +46,15 @@ class FcgiRequest(Limits):
     (also `params`) is a `dict[str, str]` of the CGI variables, names as sent, UTF-8 with surrogateescape. `role`,
     `request_id` and `keep_conn` are those of BEGIN_REQUEST; web servers ignore `app_status`, sent with END_REQUEST.
     """
-    timeout: float | None = 60  # seconds to wait for the peer to send what is due, or to take bytes
+    timeout: float | None = 60  # seconds to wait for the peer to send what is due, or to take any bytes at all
+    read_timeout: float | None = None  # seconds for all params, and of silence in what follows; None: as `timeout`.
+    # Who sends a body, or takes an answer, byte by byte is bounded by the server's `request_timeout`.
     idle_timeout: float | None = 75  # seconds a kept connection may be silent; nginx gives up its own after 60
     linger_timeout: float = 5  # seconds that a peer may be silent whose input is thrown away after an early answer
     stderr_to = "fcgi"  # or "log" (logger `fastcgi.stderr`) where the front end cannot bear FCGI_STDERR, as HAProxy 2.6
+    one_at_a_time = False  # a handler needs the whole process for itself, so `threads` cannot be
     show_errors = False  # tell the client what went wrong: for development only
+    error_page: Callable[[BaseException, Mapping[str, str]], bytes] | None = None  # `fastcgi dev`: says it with a page
 
     environ: dict[str, str]
     params: dict[str, str]
@@ -48,6 +70,11 @@ class FcgiRequest(Limits):
         if isinstance(where := cls.__dict__.get("stderr"), str):
             cls.stderr_to = where
             type.__delattr__(cls, "stderr")
+
+    @classmethod
+    def _patience(cls) -> float | None:
+        "Seconds that a request may take to arrive, or its input may be silent; None for ever."
+        return cls.timeout if cls.read_timeout is None else cls.read_timeout
 
     def _begin(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -69,7 +96,7 @@ class FcgiRequest(Limits):
             shown = trace.rstrip("\n").translate(KEEP_LINES).replace("\n", "\n  ")  # no line can pose as an entry
             log.error("handler raised: %s\n  %s", self._about(), shown)
             if self.stderr_to != "log": self._exchange.write_err(trace.encode())
-        if self._exchange.discard_output(): self._write_page(trace)
+        if self._exchange.discard_output(): self._write_page(trace, error)
 
     def _check_answer(self) -> None:
         "A web server makes anything of no answer, from an empty 200 to a hang: so there is one."
@@ -77,11 +104,18 @@ class FcgiRequest(Limits):
         log.error("nothing was written, sent 500: %s", self._about())
         self._write_page("")
 
-    def _write_page(self, trace: str) -> None:
+    def _write_page(self, trace: str, error: BaseException | None = None) -> None:
+        if error and self.error_page and (page := self._error_page(error)):
+            self._exchange.write(page)
+            return
         head = self.environ.get("REQUEST_METHOD") == "HEAD"
         page = status_page("500 Internal Server Error", not head)
         if self.show_errors and not head: page += b"\n" + trace.encode()
         self._exchange.write(page)
+
+    def _error_page(self, error: BaseException) -> bytes:
+        try: return type(self).error_page(error, self.environ)  # type: ignore[misc]
+        except Exception: log.exception("no page for an error"); return b""
 
     def _about(self) -> str:
         path = self.environ.get("REQUEST_URI", "").partition("?")[0]

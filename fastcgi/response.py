@@ -11,7 +11,8 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
-__all__ = ("HttpResponseMixin", "AsyncHttpResponseMixin", "pack_head", "has_body", "reason")
+__all__ = ("HttpResponseMixin", "AsyncHttpResponseMixin", "pack_head", "pack_raw_head", "pack_native_head", "has_body",
+           "reason")
 
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-connection", "te", "trailer",
               "transfer-encoding", "upgrade"}  # the web server's affair (RFC 9110 7.6.1)
@@ -44,9 +45,89 @@ def pack_head(
     for header in headers:
         name, colon, value = header.partition(":") if isinstance(header, str) else (header[0], ":", header[1])
         if not colon or not _NAME.fullmatch(name): raise ValueError(f"bad header name: {name!r}")
-        if _BREAK.search(value): raise ValueError(f"line break or NUL in the value of {name}: {value!r}")
+        if _BREAK.search(value): raise ValueError(f"line break or NUL in the value of {name}")
         if name.lower() not in NOT_SENT: lines.append(f"{name}: {value.strip()}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape")
+
+
+def pack_raw_head(
+    status: int,
+    headers: Iterable[tuple[bytes, bytes]],  # names and values as they are to leave
+) -> bytes:
+    "As `pack_head`, for headers in bytes, as ASGI has them."
+    if (first := _FIRST.get(status)) is None: first = pack_head(status)[:-2]
+    lines = [first]
+    for name, value in headers:
+        if (start := _STARTS.get(name)) is None: start = _start(bytes(name))
+        if _RAW_BREAK.search(value): raise ValueError(f"line break or NUL in the value of {_text(name)}")
+        if start: lines += start, value.strip(), b"\r\n"
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def pack_native_head(
+    status: str,  # a code and its reason phrase
+    headers: Iterable[tuple[str, str]],
+) -> tuple[bytes, int, int | None]:  # the head without its blank line; the code; Content-Length, None if there is none
+    """As `pack_head`, for headers in str whose characters are bytes, as WSGI has them (PEP 3333).
+
+    Raises `ValueError` for a Content-Length that is no number too, and `TypeError` for what is no str.
+    """
+    if (first := _NATIVE_FIRST.get(status)) is None: first = _native_first(status)
+    text, code = first
+    lines, length = [text], None
+    for name, value in headers:
+        if (start := _NATIVE_STARTS.get(name)) is None: start = _native_start(name)
+        try: plain = value.isprintable()  # so no line break and no NUL
+        except AttributeError: raise TypeError(f"value of {name} is {type(value).__name__}, not str") from None
+        if not plain and _BREAK.search(value): raise ValueError(f"line break or NUL in the value of {name}")
+        if start:
+            lines += start, value
+            if len(name) == 14 and name.lower() == "content-length": length = _length(value, length)
+    lines.append("\r\n")
+    return "".join(lines).encode("latin-1"), code, length
+
+
+_NATIVE_FIRST: dict[str, tuple[str, int]] = {}  # statuses that were seen -> the line, the code
+_NATIVE_STARTS: dict[str, str] = {}  # names that were seen -> end of a line and begin of the next, empty if not sent
+
+
+def _native_first(status: str) -> tuple[str, int]:
+    if not isinstance(status, str): raise TypeError(f"status is {type(status).__name__}, not str")
+    line = pack_head(status)[:-4].decode()
+    status.encode("latin-1")
+    if len(_NATIVE_FIRST) < 1000: _NATIVE_FIRST[status] = line, int(status[:3])
+    return line, int(status[:3])
+
+
+def _native_start(name: str) -> str:
+    if not isinstance(name, str): raise TypeError(f"header name {name!r} is {type(name).__name__}, not str")
+    start = _start(name.encode("utf-8", "backslashreplace")).decode()
+    start = f"\r\n{start}" if start else ""
+    if len(_NATIVE_STARTS) < 1000: _NATIVE_STARTS[name] = start
+    return start
+
+
+def _length(value: str, before: int | None) -> int:
+    value = value.strip()
+    if not (value.isascii() and value.isdigit()) or before not in (None, int(value)):
+        raise ValueError(f"bad Content-Length: {value!r}")
+    return int(value)
+
+
+_FIRST: dict[int, bytes] = {o: pack_head(o)[:-2] for o in _PHRASES}
+_STARTS: dict[bytes, bytes] = {}  # names that were seen -> begin of the line, empty for those that are not sent
+_RAW_BREAK = re.compile(rb"[\r\n\0]")
+
+
+def _start(name: bytes) -> bytes:
+    if not _NAME.fullmatch(text := _text(name)): raise ValueError(f"bad header name: {text!r}")
+    start = b"" if text.lower() in NOT_SENT else name + b": "
+    if len(_STARTS) < 1000: _STARTS[name] = start  # an application has few
+    return start
+
+
+def _text(name: bytes) -> str: return bytes(name).decode("latin-1")
 
 
 def _document(

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 from .errors import FcgiError
 
-__all__ = ("Address", "AddressError", "UnixListener", "allowed_peers", "is_listening", "listen", "no_delay",
-           "parse_address", "peer_allowed", "remove", "systemd_sockets")
+__all__ = ("Address", "AddressError", "UnixListener", "above_streams", "allowed_peers", "is_listening", "listen",
+           "no_delay", "parse_address", "peer_allowed", "remove", "systemd_sockets")
 
 BACKLOG = 1024  # connections; the kernel's own limit (Linux: net.core.somaxconn, 4096) may cut it
 MAX_PATH = 103 if sys.platform == "darwin" or "bsd" in sys.platform else 107  # bytes of sun_path, less its NUL
@@ -209,6 +209,20 @@ def no_delay(sock: socket.socket) -> None:
 
 
 # Unix sockets
+
+def above_streams(sock: socket.socket) -> socket.socket:
+    """A connection as it is, but never in the place of a standard stream that the application has closed.
+
+    What is written there, as a line of a log, would go to the peer. The place is taken by /dev/null.
+    """
+    if sock.fileno() > 2 or type(sock) is not socket.socket: return sock
+    res = socket.socket(fileno=fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 3))
+    res.settimeout(sock.gettimeout())
+    sock.close()
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2: os.set_inheritable(fd, True)
+    os.close(fd)
+    return res
+
 
 def _listen_unix(
     path: str, backlog: int, mode: int | None, user: str | int | None, group: str | int | None

@@ -23,6 +23,7 @@ log = logging.getLogger("fastcgi.handler")
 RECV = 1 << 16  # bytes asked of one recv
 _JOIN = 1 << 14  # bytes up to which copying buffers together is cheaper than `sendmsg`
 _IOV = 64  # buffers given to one `sendmsg`
+_LOOKS = 16  # calls of recv by one `gone`
 _DONTWAIT = socket.MSG_DONTWAIT
 _RDHUP = getattr(select, "POLLRDHUP", 0)
 
@@ -34,8 +35,10 @@ class Channel:
     exchanges on it notice as an abort: nothing here raises because of the peer. Works whatever the socket's blocking
     mode: no call blocks but `poll`.
     """
+    parks = False  # what the peer does not take now may leave after the handler has ended
     _poll: Any = None
     _sending = False
+    _refused = False  # a request was, and the log has been told: of one connection once, for a flood must not fill it
     _left = -1  # bytes that `linger` may still throw away, once it has begun
 
     def __init__(
@@ -44,9 +47,11 @@ class Channel:
         connection: Connection,
         timeout: float | None,  # seconds to wait for the peer to send or to take bytes, None for ever
         peer: Any = "",  # its address, for the log
+        read_timeout: float | None = None,  # seconds to wait for input that an application reads; None: as `timeout`
     ) -> None:
         if sock.gettimeout(): sock.setblocking(False)  # of `socket.setdefaulttimeout`: Python would wait, and raise
         self.socket, self.connection, self.timeout, self.peer = sock, connection, timeout, peer
+        self.read_timeout = timeout if read_timeout is None else read_timeout
         self.waiting: list[Exchange] = []  # begun, and not started
 
     def next_exchange(self) -> Exchange | None:
@@ -58,12 +63,16 @@ class Channel:
                 return exchange
         return None
 
-    def receive(self, wait: float | None = 0) -> bool:  # wait: seconds, None for ever
+    def receive(
+        self,
+        wait: float | None = 0,  # seconds, None for ever
+        patient: bool = True,  # our own answers, as to GET_VALUES, may wait for a peer that takes none
+    ) -> bool:
         "Take in what has arrived, or arrives within `wait`. False if nothing did."
         try: data = self.socket.recv(RECV, _DONTWAIT)
         except BlockingIOError:
             if wait == 0 or not self.poll(select.POLLIN, wait): return False
-            return self.receive()
+            return self.receive(0, patient)
         except OSError: data = b""
         connection = self.connection
         try: events = connection.receive_data(data) if data else connection.receive_eof()
@@ -71,12 +80,13 @@ class Channel:
         for event in events:
             if type(event) is BeginRequest: self.waiting.append(event.exchange)
             elif type(event) is Refused:
-                log.warning("request refused request_id=%d peer=%r: %s", event.request_id, self.peer, event.reason)
+                level, self._refused = logging.DEBUG if self._refused else logging.WARNING, True
+                log.log(level, "request refused request_id=%d peer=%r: %s", event.request_id, self.peer, event.reason)
             elif type(event) is AbortRequest: log.debug("request aborted request_id=%d", event.exchange.id)
         if connection.error and not connection.eof:
             log.warning("connection closed, peer=%r broke the protocol: %s", self.peer, connection.error)
             connection.receive_eof()
-        if connection.output: self.send()
+        if connection.output: self.send(patient)
         return True
 
     def fill(self, exchange: Exchange, stream: Input) -> bool:
@@ -95,36 +105,59 @@ class Channel:
         if exchange.stdin.size + exchange.data.size - stream.size > self.connection.limits.max_buffer:
             log.warning("connection closed: max_buffer exceeded by the stream that is not read, peer=%r", self.peer)
             self.connection.send_failed()
-        elif not self.receive(self.timeout): self.give_up("nothing was sent")
+        elif not self.receive(self.read_timeout): self.give_up("nothing was sent", self.read_timeout)
 
-    def send(self) -> None:
-        "Send all that the connection has to send."
+    def send(self, patient: bool = True) -> None:
+        "Send all that the connection has to send; if not `patient`, what the socket takes now."
         if self._sending: return  # called while a send waits: what is new follows behind what is on its way
         self._sending = True
         try:
-            while self.connection.output: self._send(self.connection.data_to_send())
+            while self.connection.output and self._send(self.connection.data_to_send(), patient): pass
         except BaseException:  # a signal's handler raised, and what has left may end in the middle of a record
             self.connection.send_failed()
             raise
         finally: self._sending = False
 
-    def _send(self, out: list[Any]) -> None:
+    def send_or_keep(self) -> None:
+        """Send; what the peer does not take is kept, within `Limits.max_unsent`, if the connection can be parked.
+
+        Then it is ours: the application may change a buffer that it has written.
+        """
+        if not self.parks: return self.send()
+        self.send(patient=False)
+        if not (out := self.connection.output): return
+        if self.unsent() > self.connection.limits.max_unsent: return self.send()
+        if len(out) > _IOV: out[:] = [b"".join(out)]
+        else: out[:] = [o if type(o) is bytes or type(getattr(o, "obj", o)) is bytes else bytes(o) for o in out]
+
+    def unsent(self) -> int:
+        "Bytes that the peer has not taken."
+        return sum(map(len, self.connection.output))
+
+    def _send(self, out: list[Any], patient: bool) -> bool:
+        "False if the rest of `out` has to wait."
         while out:
             if len(out) > 1 and sum(map(len, out)) <= _JOIN: out = [b"".join(out)]
             try:
                 if len(out) == 1: n = self.socket.send(out[0], _DONTWAIT)
                 else: n = self.socket.sendmsg(out[:_IOV], (), _DONTWAIT)
             except BlockingIOError:
+                if not patient:
+                    self.connection.output[:0] = out
+                    return False
                 if self._wait_writable(): continue
-                return self.give_up("nothing was read")
+                self.give_up("nothing was read", self.timeout)
+                break
             except OSError as e:
                 log.debug("send failed peer=%r: %s", self.peer, e)
                 self.connection.send_failed()
-                return
+                break
+            if len(out) == 1 and n == len(out[0]): break
             sent = 0  # buffers that have left whole
             while sent < len(out) and n >= len(out[sent]): n, sent = n - len(out[sent]), sent + 1
             del out[:sent]
             if out: out[0] = memoryview(out[0])[n:]
+        return True
 
     def _wait_writable(self) -> bool:
         """Wait until the peer takes bytes again. False if it does not within `timeout`.
@@ -146,36 +179,37 @@ class Channel:
         ready = self._poll.poll(None if wait is None else max(int(wait * 1000 + .999), 0))
         return ready[0][1] if ready else 0
 
-    def give_up(self, why: str) -> None:
+    def give_up(self, why: str, seconds: float | None) -> None:
         "The peer is too slow: from here on it counts as gone."
-        log.warning("connection closed after %s s: %s by peer=%r", self.timeout, why, self.peer)
+        log.warning("connection closed after %s s: %s by peer=%r", seconds, why, self.peer)
         self.connection.send_failed()
 
     def gone(self, exchange: Exchange) -> bool:
         "Whether the web server aborted `exchange` or closed the connection; takes in what has arrived, within bounds."
-        while not exchange.aborted:
-            if self.connection.held > RECV: return self.poll(_RDHUP, 0) != 0
-            if not self.receive(): return False
-        return True
+        connection = self.connection
+        for _ in range(_LOOKS):
+            if exchange.aborted or connection.held > RECV or len(connection.output) > _IOV: break
+            if not self.receive(0, patient=False): return False
+        return exchange.aborted or self.poll(_RDHUP, 0) != 0
 
     def write(self, exchange: Exchange, data: Bytes) -> int:
         n = exchange.write(data)
-        if self.connection.output: self.send()
+        if self.connection.output: self.send_or_keep()
         return n
 
     def write_err(self, exchange: Exchange, data: Bytes) -> int:
         n = exchange.write_err(data)
-        if self.connection.output: self.send()
+        if self.connection.output: self.send_or_keep()
         return n
 
     def flush(self, exchange: Exchange) -> None:
         exchange.flush()
-        if self.connection.output: self.send()
+        if self.connection.output: self.send_or_keep()
 
     def end(self, exchange: Exchange, app_status: int) -> None:
         "Finish the answer and send it; on a kept connection END_REQUEST follows once STDIN has ended."
         exchange.end(app_status)
-        if self.connection.output: self.send()
+        if self.connection.output: self.send_or_keep()
 
     def linger(self) -> bool:
         """Let the peer read our answer before the socket is closed: unread input would make of that a reset.
@@ -265,9 +299,5 @@ def read(channel: Channel, exchange: Exchange, stream: Input, size: int) -> byte
     if size < 0:
         while not stream.ended: channel.wait_for(exchange, stream)
         return stream.take()
-    if size <= stream.size: return stream.take(size)
-    parts = []
-    while size and channel.fill(exchange, stream):
-        parts.append(stream.take(min(size, stream.size)))
-        size -= len(parts[-1])
-    return b"".join(parts)
+    while stream.size < size and not stream.ended: channel.wait_for(exchange, stream)
+    return stream.take(size)

@@ -132,8 +132,8 @@ def environ_of(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     for pair in pairs:
         k, v = (x.decode("utf-8", "surrogateescape") for x in pair)
         values.setdefault(k, []).append(v)
-    return {k: ("; " if k == "HTTP_COOKIE" else ", ").join(v) if k.startswith("HTTP_") else v[-1]
-            for k, v in values.items()}
+    return {k: ("; " if k == "HTTP_COOKIE" else ", ").join(v) if k.startswith("HTTP_") and k != "HTTP_HOST"
+            else v[-1] for k, v in values.items()}
 
 
 @dataclass

@@ -700,7 +700,8 @@ def test_a_peer_that_left_behind_unread_input_is_noticed(run, path, monkeypatch)
 # Time
 
 @pytest.mark.parametrize("data, why", [
-    (h.begin(), "nothing was sent"), (h.begin() + h.params({}), "nothing was sent"), (b"\1\1\0", ""), (b"", "")])
+    (h.begin(), "nothing was sent"), (h.begin() + h.params({}), "nothing was sent"),
+    (b"\1\1\0", "nothing was sent"), (b"", "")])
 def test_a_silent_peer_is_given_up(run, path, monkeypatch, caplog, data, why):
     monkeypatch.setattr(aio, "SWEEP", .01)
 

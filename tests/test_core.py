@@ -292,6 +292,7 @@ def test_pairs_of_arbitrary_bytes(data):
     ([("HTTP_COOKIE", "a=1"), ("HTTP_COOKIE", "b=2"), ("HTTP_COOKIE", "c=3")], {"HTTP_COOKIE": "a=1; b=2; c=3"}),
     ([("HTTP_X", "1"), ("B", ""), ("HTTP_X", "é")], {"HTTP_X": "1, é", "B": ""}),
     ([("HTTP_X", ""), ("HTTP_X", "")], {"HTTP_X": ", "}),
+    ([("HTTP_HOST", "x"), ("HTTP_HOST", "x:8080")], {"HTTP_HOST": "x:8080"}),
     ([("http_x", "1"), ("http_x", "2")], {"http_x": "2"}),
     ([("HTTP_X", "1"), ("http_x", "2")], {"HTTP_X": "1", "http_x": "2"}),
     ([("CONTENT_LENGTH", "5"), ("CONTENT_LENGTH", "6")], {"CONTENT_LENGTH": "6"}),
@@ -336,14 +337,10 @@ def test_repeated_names_cost_what_their_bytes_cost(name):
     assert cost(40_000) < 20 * cost(5_000)  # 8 if it is linear, 64 if each repetition copies those before it
 
 
-class Huge(bytes):
-    "Says that it is larger than it is."
-    def __len__(self): return 1 << 31
-
-
 def test_pack_pairs_of_over_31_bits():
-    with pytest.raises(LocalProtocolError): pack_pairs([(b"A", Huge())])
-    with pytest.raises(LocalProtocolError): pack_pairs([(Huge(), b"")])
+    huge = bytes(1 << 31)  # zeros that nobody looks at take no memory
+    with pytest.raises(LocalProtocolError): pack_pairs([(b"A", huge)])
+    with pytest.raises(LocalProtocolError): pack_pairs([(huge, b"")])
 
 
 # Errors

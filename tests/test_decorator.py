@@ -321,8 +321,18 @@ def test_a_listening_socket_object():
     dict(park=1), dict(idle=1), dict(_stopping=1), dict(serve_forever=1), dict(server_address=1),
     dict(handle_=1, zzz=2)], ids=str)
 def test_unknown_options(options):
-    message = f"^@fastcgi has no option {', '.join(sorted(options))}$"
+    message = rf"^@fastcgi has no option {', '.join(sorted(options))}(; did you mean [a-z_ ]+\?)?$"
     with pytest.raises(TypeError, match=message): fastcgi("a.sock", **options)(plain)
+
+
+def test_an_unknown_option_that_is_like_one_there_is():
+    with pytest.raises(TypeError, match="; did you mean workers?"): fastcgi(worker=2)(plain)
+    with pytest.raises(TypeError, match="; did you mean stderr?"): fastcgi(stder="log")(plain)
+
+
+def test_threads_are_not_for_a_function():
+    with pytest.raises(TypeError, match="^@fastcgi takes no threads: its function has a process for itself"):
+        fastcgi(threads=2)(plain)
 
 
 def test_options_reach_server_and_handler(short_dir):

@@ -97,7 +97,7 @@ CHECKS = {
 
 
 def test_each_program_of_the_readme_is_checked():
-    assert {*PROGRAMS} == {*CHECKS, "ping.py"}
+    assert {*PROGRAMS} == {*CHECKS, "app.py", "ping.py"}
     for name, code in PROGRAMS.items(): compile(code, name, "exec", dont_inherit=True)
 
 
@@ -128,6 +128,14 @@ def test_program_runs_under_fastcgi_dev(name, short_dir, free_port):
     args = [sys.executable, "-m", "fastcgi", "dev", "program.py", "--port", free_port]
     with running(args, short_dir, lambda: connects(("127.0.0.1", free_port))):
         assert fetch(free_port)[0] == 200
+
+
+def test_application_of_the_readme_is_served_by_its_command(short_dir):
+    pytest.importorskip("flask")
+    (short_dir / "app.py").write_text(PROGRAMS["app.py"], encoding="utf-8")
+    command, = (o.split() for k, o in BLOCKS if k == "sh" and o.startswith("fastcgi serve"))
+    with running([sys.executable, "-m", *command], short_dir, lambda: connects(str(short_dir / "app.sock"))):
+        assert ask(short_dir / "app.sock", PATH_INFO="/") == (200, "Hello!")
 
 
 def test_http_program_of_the_readme(short_dir, free_port):
@@ -346,7 +354,10 @@ def test_program_is_started_by_spawn_fcgi(short_dir):
 
 # The examples
 
-def test_each_example_is_checked(): assert {*EXAMPLES} == {"hello.py", "handler.py", "http_server.py"}
+def test_each_example_is_checked(): assert {*EXAMPLES} == {
+    "hello.py", "handler.py", "http_server.py",
+    "forms.py",  # in test_forms.py
+    "bottle_app.py", "django_app.py", "fastapi_app.py", "flask_app.py", "starlette_app.py"}  # in test_frameworks.py
 
 
 def test_hello_takes_what_browsers_send(short_dir):

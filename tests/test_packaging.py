@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 INI = ConfigParser(delimiters=["="])
 INI.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = INI["DEFAULT"]
-NOT_SOURCE = ignore_patterns(".*_cache", ".git", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist")
+NOT_SOURCE = ignore_patterns(".*_cache", ".git", ".venv*", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the sources are not here")
 
@@ -59,7 +59,8 @@ def test_sdist_carries_all_that_building_and_testing_need(built):
     sdist, = built.glob("*.tar.gz")
     with tarfile.open(sdist) as tar: names = {o.partition("/")[2] for o in tar.getnames()}
     assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "fastcgi/py.typed",
-            "tests/conftest.py", "tests/frontends/nginx.conf", "tests/frontends/install.sh"} <= names
+            "tests/conftest.py", "tests/frontends/nginx.conf", "tests/frontends/install.sh", "tests/budget.json",
+            "benchmarks/run.py", "benchmarks/load.c", "benchmarks/programs/floor.py"} <= names
     assert not [o for o in names if "__pycache__" in o or o.startswith(".venv")]
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from socketserver import StreamRequestHandler, ThreadingMixIn
 
 import pytest
@@ -17,18 +17,18 @@ from frontends.servers import wait_until
 from helpers import (DEADLINE, PARAMS, STDIN, Program, Reader, answers, begin, children, connect, exchange, params,
                      processes, read_all, rec, request, serve, stream)
 
-from fastcgi import prefork
+from fastcgi import master, worker
 from fastcgi.handler import FcgiHandler
 from fastcgi.prefork import PreForkMixIn, PreForkTCPServer, PreForkUnixServer
 
 APP = r'''
-import json, logging, os, resource, signal, sys, threading
+import json, logging, os, resource, select, signal, sys, threading
 from socketserver import *
 from fastcgi import *
-from fastcgi import prefork
+from fastcgi import master
 
 address, bases, options = json.loads(sys.argv[1])
-if "SLOWEST" in options: prefork.SLOWEST = options.pop("SLOWEST")
+if "SLOWEST" in options: master.SLOWEST = options.pop("SLOWEST")
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 if limit := options.pop("descriptors", 0): resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
@@ -41,7 +41,16 @@ class Handler(FcgiHandler):
         elif do == "exit": os._exit(0)
         elif do == "interrupt": raise KeyboardInterrupt
         elif do == "shutdown": threading.Thread(target=srv.shutdown).start()
+        elif do == "log": logging.getLogger("app").info("from the application")
+        elif do == "stuck": stuck()
+        elif do == "crash": os.abort()
+        elif do == "babble":
+            for _ in range(99): select.select([], [srv._stacks], []), os.write(srv._stacks, b"x" * 4096)
         while data := self.stdin.read1(): self.write(data)
+
+def stuck():
+    lock = threading.Lock()
+    with lock: lock.acquire()
 
 class HTTP(MinimalHTTPHandler):
     def handle(self):
@@ -52,13 +61,26 @@ class HTTP(MinimalHTTPHandler):
 class Broken:
     def service_actions(self): raise ValueError("cannot start")
 
-class NoFork:
-    tries = 0
-    def _spawn(self, *args):
-        self.tries += 1
-        if self.tries < 3: raise BlockingIOError(11, "Resource temporarily unavailable")
-        return super()._spawn(*args)
+class Fails:
+    "Fails at start, or starts once the file is there."
+    file = why = ""
+    def _work(self, lifeline):
+        if self.file and os.path.exists(self.file): return super()._work(lifeline)
+        if self.why == "exit": os._exit(0)
+        if self.why == "different": raise ValueError(f"process {os.getpid() % 2}")
+        raise ValueError("cannot start, " + self.why)
 
+class NoFork:
+    def serve_forever(self):
+        fork, tries = os.fork, []
+        def fails():
+            tries.append(1)
+            if len(tries) < 3: raise BlockingIOError(11, "Resource temporarily unavailable")
+            return fork()
+        os.fork = fails
+        super().serve_forever()
+
+if log := options.pop("log", ""): logging.getLogger().addHandler(logging.FileHandler(log))
 handler = globals()[options.pop("handler", "Handler")]
 main = options.pop("main", True)
 Server = type("Server", tuple(globals()[o] for o in bases), options)
@@ -197,7 +219,7 @@ def test_processes_run_out(run):
 
 
 def test_pause_before_a_worker_is_replaced():
-    assert [prefork._pause(n) for n in (0, 1, 2, 3, 6, 7, 5000)] == [0, .2, .4, .8, 5, 5, 5]
+    assert [master.pause(n) for n in (0, 1, 2, 3, 6, 7, 5000)] == [0, .2, .4, .8, 5, 5, 5]
 
 
 def test_max_requests(run):
@@ -240,7 +262,7 @@ def test_300_silent_connections_and_one_worker(run):
 
 
 def test_more_connections_than_one_worker_parks(run):
-    srv = run(workers=1, max_conns=5)
+    srv = run(workers=1, max_connections=5)
     with ExitStack() as stack:
         socks = [stack.enter_context(connect_(srv.address)) for _ in range(8)]
         for sock in socks[:5]: sock.sendall(begin())
@@ -281,6 +303,186 @@ def test_descriptors_run_out(run):
         assert time.monotonic() - start > .2 and "Too many open files" in srv.app.said()
     assert srv.ask()
     assert srv.app.stop() == 0
+
+
+# What workers that fail, are slow or do not end are worth
+
+def test_worker_that_fails_at_start_says_why_once(run, short_dir):
+    file = short_dir / "go"
+    srv = run("Fails", "PreForkUnixServer", workers=3, why="no database", file=str(file), SLOWEST=.02, wait=False)
+    wait_until(lambda: "(10 times)" in srv.app.said(), "ten failures")
+    first, tenth = (o for o in srv.app.said().splitlines() if "no database" in o)
+    assert first.startswith("ERROR worker failed at start, it is tried again: ValueError: cannot start, no database (")
+    assert tenth.startswith("ERROR worker failed at start (10 times), it is tried again: ")
+    file.touch()
+    assert srv.ask()[0] in srv.workers
+    wait_until(lambda: "INFO workers start again, after " in srv.app.said(), "the good news")
+    assert "WARNING" not in srv.app.said() and "Traceback" not in srv.app.said() and srv.app.stop() == 0
+
+
+def test_worker_that_ends_at_start_without_a_word(run):
+    srv = run("Fails", "PreForkUnixServer", workers=1, why="exit", wait=False)
+    wait_until(lambda: "ERROR worker failed at start, it is tried again: exit=0" in srv.app.said(), "a message")
+    assert srv.app.stop() == 0
+
+
+def test_workers_that_fail_are_started_ever_more_rarely(run):
+    srv = run("Fails", "PreForkUnixServer", workers=2, why="", wait=False)
+    start, ticks = time.monotonic(), cpu(srv.pid)
+    wait_until(lambda: time.monotonic() - start > 1.5, "time to pass")
+    assert cpu(srv.pid) - ticks < .5 and srv.app.said().count("cannot start") == 1
+    assert srv.app.stop() == 0
+
+
+def test_worker_that_crashes_is_told_of_by_its_signal(run):
+    srv = run(workers=1)
+    with connect(srv.address) as sock:
+        sock.sendall(request(QUERY_STRING="crash"))
+        assert read_all(sock) == b""
+    assert srv.ask() and "WARNING worker ended and is replaced pid=" in srv.app.said() and "SIGABRT" in srv.app.said()
+
+
+@pytest.mark.parametrize("bases, options", [
+    ([], {}), ([], dict(threads=3)), (["ThreadingMixIn", "PreForkUnixServer"], {})], ids=["one", "three", "any"])
+def test_request_that_takes_too_long_is_ended_with_its_worker(run, bases, options):
+    srv = run(*bases, workers=1, request_timeout=.3, **options)
+    pid, _ = srv.ask()
+    with connect(srv.address) as sock:
+        start = time.monotonic()
+        sock.sendall(request(QUERY_STRING="stuck", REQUEST_METHOD="PUT", SCRIPT_NAME="/a", PATH_INFO="/b",
+                             REQUEST_URI="/a/b?secret"))
+        assert not read_all(sock) and .2 < time.monotonic() - start < 3
+    assert srv.ask()[0] != pid
+    line = next(o for o in srv.app.said().splitlines() if "request_timeout" in o)
+    assert line.startswith("WARNING request killed") and f"pid={pid} seconds=0." in line
+    assert 'request="PUT /a/b"' in line and "secret" not in srv.app.said()
+    assert srv.app.said().count("WARNING") == 1 and srv.app.stop() == 0
+
+
+def test_request_timeout_is_no_failure_of_the_worker(run):
+    srv = run(workers=1, request_timeout=.1)
+    for _ in range(4):
+        with connect(srv.address) as sock:
+            sock.sendall(request(QUERY_STRING="stuck"))
+            read_all(sock)
+    start = time.monotonic()
+    assert srv.ask() and time.monotonic() - start < .4  # at once, without a pause
+
+
+@pytest.mark.parametrize("options", [{}, dict(threads=3)], ids=["one", "three"])
+def test_slow_request_shows_its_stack_while_it_runs(run, options):
+    srv = run(workers=2, slow_log=.2, **options)
+    with connect(srv.address) as sock:
+        sock.sendall(request(QUERY_STRING="stuck", REQUEST_URI="/slow?secret"))
+        wait_until(lambda: "slow request" in srv.app.said(), "a stack")
+        wait_until(lambda: " in handle" in srv.app.said(), "all of it")
+        assert not select.select([sock], [], [], .3)[0]
+        assert srv.app.said().count("slow request") == 1  # only once
+        pid = re.search(r'WARNING slow request: pid=(\d+) seconds=0\.\d request="\S+ /slow"\n', srv.app.said())[1]
+        assert int(pid) in srv.workers and re.search(r'\n    +File ".*", line \d+ in stuck\n', srv.app.said())
+        assert ("most recent call first" in srv.app.said()) and "secret" not in srv.app.said()
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_worker_that_floods_its_master_is_not_heard(run):
+    srv = run(workers=1)
+    with connect(srv.address) as sock:
+        sock.sendall(request(QUERY_STRING="babble"))
+        wait_until(lambda: "WARNING worker writes to its master" in srv.app.said(), "a warning")
+    assert srv.app.stop() == 0
+
+
+def test_quick_requests_are_not_slow(run):
+    srv = run(workers=1, slow_log=.2, request_timeout=5)
+    for _ in range(50): srv.ask()
+    with connect_(srv.address) as sock:
+        srv.begin(sock)
+        wait_until(lambda: "slow request" in srv.app.said(), "a stack")
+        assert srv.end(sock) == b"body"
+    assert srv.app.said().count("slow request") == 1 and srv.app.stop() == 0
+
+
+def test_without_a_master_there_is_nobody_to_watch(run):
+    srv = run(workers=0, slow_log=.2, request_timeout=5)
+    assert "WARNING request_timeout is not for workers=0: use workers=1" in srv.app.said() and srv.ask()
+
+
+# Signals
+
+def test_one_worker_more_and_one_less(run):
+    srv = run(workers=2)
+    for signum, n in ((signal.SIGTTIN, 3), (signal.SIGTTIN, 4), (signal.SIGTTOU, 3), (signal.SIGTTOU, 2),
+                      (signal.SIGTTOU, 1)):
+        os.kill(srv.pid, signum)
+        wait_until(lambda n=n: len(srv.workers) == n, "workers")
+        assert srv.ask()[0] in srv.workers
+    assert "WARNING" not in srv.app.said() and srv.app.stop() == 0
+
+
+def test_one_worker_at_least(short_dir):
+    with PreForkUnixServer(str(short_dir / "s"), OK) as srv:
+        keeper = master.Master(srv)
+        keeper.wanted = 1
+        keeper._told(signal.SIGTTOU)
+        assert keeper.wanted == 1
+
+
+def test_one_worker_less_ends_its_request_first(run):
+    srv = run(workers=2)
+    with ExitStack() as stack:
+        socks = [stack.enter_context(connect_(srv.address)) for _ in range(2)]
+        for o in socks: srv.begin(o)
+        os.kill(srv.pid, signal.SIGTTOU)
+        assert [srv.end(o) for o in socks] == [b"body"] * 2
+    wait_until(lambda: len(srv.workers) == 1, "one worker")
+    assert srv.app.stop() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_quit_ends_at_once(run, workers):
+    srv = run(workers=workers)
+    with connect_(srv.address) as sock:
+        srv.begin(sock)
+        start = time.monotonic()
+        assert srv.app.stop(signal.SIGQUIT) == 0 and time.monotonic() - start < 2
+        assert "Traceback" not in srv.app.said() and not os.path.exists(srv.address)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_log_files_are_opened_anew(run, short_dir, workers):
+    log, old = short_dir / "log", short_dir / "old"
+    srv = run(workers=workers, log=str(log))
+    for _ in range(9): srv.ask("log")
+    log.rename(old)
+    n = old.read_text().count("from the application")
+    assert n == 9
+    os.kill(srv.pid, signal.SIGUSR1)
+    def asked():
+        srv.ask("log")
+        return log.exists() and "from the application" in log.read_text()
+    wait_until(asked, "a line in the new file")
+    for _ in range(9): srv.ask("log")
+    assert log.read_text().count("from the application") >= 9 and srv.app.stop() == 0
+
+
+def test_signals_to_all_processes_of_a_terminal_end_no_worker(run):
+    srv = run(workers=2)
+    before = srv.workers
+    for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG, signal.SIGWINCH, signal.SIGTTIN, signal.SIGTTOU):
+        os.killpg(srv.pid, signum)
+    for pid in before: os.kill(pid, signal.SIGHUP), os.kill(pid, signal.SIGQUIT), os.kill(pid, signal.SIGINT)
+    for _ in range(10): assert srv.ask()[0] in srv.workers
+    assert before & srv.workers and "WARNING" not in srv.app.said() and srv.app.stop() == 0
+
+
+def test_child_of_a_worker_has_signals_as_any_program(run):
+    srv = run(workers=1)
+    pid, _ = srv.ask()
+    with open(f"/proc/{pid}/status") as f: status = dict(o.rstrip("\n").split(":\t", 1) for o in f if ":\t" in o)
+    ignored = int(status["SigIgn"], 16)
+    assert int(status["SigBlk"], 16) == 0
+    for o in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGCHLD,
+              signal.SIGTTIN): assert not ignored >> o - 1 & 1
 
 
 # Stopping
@@ -451,8 +653,8 @@ def test_serves_again_after_shutdown(short_dir):
 
 
 def test_system_without_epoll(short_dir, monkeypatch):
-    monkeypatch.setattr(prefork, "_poller", lambda: (select.poll(), 1000))
-    monkeypatch.setattr(prefork, "_EXCLUSIVE", 0)
+    monkeypatch.setattr(worker, "_poller", lambda: (select.poll(), 1000))
+    monkeypatch.setattr(worker, "_EXCLUSIVE", 0)
     class Server(PreForkUnixServer): workers = 0
     with serve(Server(str(short_dir / "s"), OK)) as srv, ExitStack() as stack:
         socks = [stack.enter_context(connect(srv.server_address)) for _ in range(50)]
@@ -465,6 +667,55 @@ def test_socket_file_of_somebody_else_stays(run):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(srv.address)
         assert srv.app.stop() == 0 and os.path.exists(srv.address)
+
+
+@both
+@pytest.mark.parametrize("workers", [0, 2])
+def test_successor_has_the_address_while_the_last_request_ends(run, bases, address, workers):
+    first = run(*bases, address=address, workers=workers)
+    with connect_(first.address) as sock:
+        first.begin(sock)
+        os.kill(first.pid, signal.SIGTERM)
+        def free():
+            with suppress(OSError), socket.socket(socket.AF_INET if address else socket.AF_UNIX) as o:
+                o.connect(first.address)
+                return False
+            return True
+        wait_until(free, "nobody listens")
+        second = run(*bases, address=list(first.address) if address else first.address, workers=workers)
+        assert second.ask(body=b"new")[1] == b"new" and first.app.poll() is None
+        assert first.end(sock) == b"body" and first.app.ended() == 0
+        assert second.ask(body=b"new")[1] == b"new" and second.app.stop() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_while_a_request_runs_says_what_it_waits_for(run, workers):
+    srv = run(workers=workers)
+    with connect_(srv.address) as sock:
+        srv.begin(sock)
+        os.killpg(srv.pid, signal.SIGINT)
+        wait_until(lambda: "INFO waiting for the running request" in srv.app.said(), "a line")
+        assert "Ctrl-C again ends" in srv.app.said()
+        os.killpg(srv.pid, signal.SIGINT)
+        assert srv.app.ended() == 0 and "Traceback" not in srv.app.said() and srv.app.said().endswith("done\n")
+
+
+# The status process
+
+def test_status_has_an_address_of_its_own_that_answers_when_all_are_busy(run, short_dir):
+    srv = run(workers=1, status_listen=str(short_dir / "t"), wait=False)
+    wait_until(lambda: len(srv.workers) == 2, "a worker and another process")
+    def ask():
+        with connect(short_dir / "t") as sock: return exchange(sock, request(QUERY_STRING="json"))
+    with connect_(srv.address) as sock:
+        pid = srv.begin(sock)
+        page = json.loads(ask().body)
+        assert page["active processes"] == 1
+        other, = srv.workers - {pid}
+        os.kill(other, signal.SIGKILL)
+        wait_until(lambda: len(srv.workers - {other}) == 2, "another")
+        assert ask().body and srv.end(sock) == b"body"
+    assert srv.app.stop() == 0 and not (short_dir / "t").exists()
 
 
 # In the place of other servers

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install the web servers that the tests run, where they are missing and apt-get may be used. Starts none of them.
+# Install the web servers, and the browser, that the tests run, where they are missing and apt-get may be used. Starts none of them.
 set -eu
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 policy=/usr/sbin/policy-rc.d  # exit code 101 forbids package scripts to start a daemon
@@ -18,6 +18,10 @@ haproxy              haproxy
 libfcgi-bin          cgi-fcgi
 spawn-fcgi           spawn-fcgi
 php-fpm              /usr/sbin/php-fpm*
+libfaketime          /usr/lib/*/faketime/libfaketime.so.1
+chromium             chromium
+chromium-driver      chromedriver
+systemd              systemd-analyze
 EOF
 }
 

@@ -2,6 +2,7 @@
 
 Nothing is answered before all has arrived, since what an answer changes depends on when it comes.
 """
+from fuzz.streams import examples
 from helpers import Wire, begin, pair, params, pieces, rec, request, stream, vectors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ def play(data: bytes, how: str | int, limits: dict) -> list:
             for event in wire.send(piece):
                 name, exchange = type(event).__name__, getattr(event, "exchange", None)
                 if name == "BeginRequest": begun[exchange] = True
-                one = [name, exchange.id if exchange else event.request_id, exchange and exchange.environ]
+                one = [name, exchange.id if exchange else event.request_id, begun.get(exchange) and exchange.environ]
                 if not (name in ("Stdin", "Data") and log and log[-1] == one): log.append(one)
     except RemoteProtocolError as e:
         assert e is wire.connection.error and wire.connection.closing
@@ -66,16 +67,17 @@ def check(data: bytes, limits: dict, seed: int) -> None:
 
 
 @given(st.binary(max_size=500), st.sampled_from(LIMITS), st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_arbitrary_bytes(data, limits, seed): check(data, limits, seed)
 
 
 @given(flows, st.sampled_from(LIMITS), st.integers(0, 99))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @example(begin() + params({str(i): "" for i in range(3)}) + rec(5), dict(max_pairs=2), 0)
 def test_arbitrary_records(data, limits, seed): check(data, limits, seed)
 
 
 @given(mutated(), st.sampled_from(LIMITS), st.integers(0, 99))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None,
+          suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 def test_mutated_streams_of_web_servers(data, limits, seed): check(data, limits, seed)

@@ -2,6 +2,7 @@
 from dataclasses import dataclass  # noqa: I001 - in rows
 
 import pytest
+from fuzz.streams import examples
 from helpers import (ABORT_REQUEST, AUTHORIZER, DATA, FILTER, PARAMS, RESPONDER, STDIN, Wire, begin, environ_of, pair,
                      read_pairs, rec)
 from hypothesis import HealthCheck, settings
@@ -219,7 +220,7 @@ class Interleaved(RuleBasedStateMachine):
             if (i in complete or x.answered) and not x.aborted: assert (got[i].stdout, got[i].stderr) == (x.out, x.err)
 
 
-Interleaved.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None,
+Interleaved.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None,
                                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 TestInterleaved = Interleaved.TestCase
 

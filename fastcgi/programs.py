@@ -1,0 +1,123 @@
+"""`ProgramHandler`: an executable is started for each request, as under mod_cgi or fcgiwrap.
+
+It gets the variables of the request and nothing of our own environment but PATH, the words of an indexed query as
+arguments, and its own directory as the current one. Input and output stream. A `deadline` and `limits` bound it, and
+it is ended when the client leaves.
+"""
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import subprocess
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+from .cgi import Answer, arguments, variables
+from .connection import status_page
+from .handler import FcgiHandler
+from .relay import Relay
+
+__all__ = ("ProgramHandler", "set_limits")
+
+log = logging.getLogger("fastcgi.handler")
+T = TypeVar("T", bound="ProgramHandler")
+
+
+class ProgramHandler(FcgiHandler):
+    """Runs the program at `path` for each request: `ProgramHandler.of("/usr/lib/cgi-bin/report.pl")`.
+
+    Status 404 if there is no such file, 403 if it may not be executed, 500 if it cannot be started or answers nothing
+    that has a head, 504 if its time is up before that. What it says on standard error goes to FCGI_STDERR; its exit
+    status is the application status, 128 and the signal where that ended it.
+    """
+    path = ""
+    deadline: float | None = 300  # seconds that a program may run
+    limits: Mapping[str, int] = {}  # of its resources: AS=bytes, CPU=seconds, NPROC, FSIZE, ..., see setrlimit(2)
+    env: Mapping[str, str] = {}  # variables beside those of the request
+
+    @classmethod
+    def of(
+        cls: type[T],
+        path: str | os.PathLike[str],
+        **attrs: Any,  # of the class: deadline=20, limits={"AS": 1 << 30}, timeout=30, ...
+    ) -> type[T]:  # to be served by any server
+        "A handler class for the program at `path`. Raises `TypeError` for an attribute or a limit that there is not."
+        for o in attrs:
+            if o[:1] == "_" or not hasattr(cls, o): raise TypeError(f"{cls.__name__} has no attribute {o}")
+        for o in attrs.get("limits", ()):
+            if not hasattr(resource, f"RLIMIT_{o}"): raise TypeError(f"there is no limit {o}, see setrlimit(2)")
+        path = os.path.abspath(os.fsdecode(path))
+        return type(cls.__name__, (cls,), {**cls._place(path), **attrs, "__module__": cls.__module__})
+
+    @classmethod
+    def _place(cls, path: str) -> dict[str, Any]: return {"path": path}
+
+    def handle(self) -> None: self.run_program(self.path)
+
+    def run_program(
+        self,
+        path: str,  # absolute
+    ) -> None:
+        "Answer this request with what the program at `path` says."
+        self.environ["SCRIPT_FILENAME"] = path
+        stdin = subprocess.DEVNULL if self._exchange.stdin.ended and not self._exchange.stdin.size else subprocess.PIPE
+        limit = partial(set_limits, self.limits) if self.limits and not _PRLIMIT else None
+        try:
+            process = subprocess.Popen(
+                [path, *arguments(self.environ.get("QUERY_STRING", ""))], bufsize=0, stdin=stdin,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=os.path.dirname(path), env=self._variables(),
+                start_new_session=True, preexec_fn=limit)
+        except (OSError, ValueError, subprocess.SubprocessError) as e: return self.refuse(*_why(path, e))
+        if _PRLIMIT and self.limits: set_limits(self.limits, process.pid)
+        fds = [None if o is None else os.dup(o.fileno()) for o in (process.stdin, process.stdout, process.stderr)]
+        for o in (process.stdin, process.stdout, process.stderr):
+            if o: o.close()
+        self.relay(process, path, *fds)
+
+    def relay(self, process: Any, path: str, *fds: Any) -> None:
+        "Let the request and a process that answers it talk, until both are done."
+        answer = Answer(self, os.path.basename(path))
+        status = Relay(self, process, answer, *fds).run(self.deadline)
+        answer.end()
+        if status:
+            log.log(logging.WARNING if status < 0 else logging.INFO, "program ended with %s: %s %s", f"signal={-status}"
+                    if status < 0 else f"exit={status}", os.path.basename(path), self._about())
+        self.app_status = status if status >= 0 else 128 - status
+
+    def refuse(self, status: str, why: str) -> None:
+        "Answer with a status page, and tell the log why."
+        log.error("%s, sent %s: %s", why, status[:3], self._about())
+        self.write(status_page(status, self.environ.get("REQUEST_METHOD") != "HEAD"))
+
+    def _variables(self) -> dict[bytes, bytes]:
+        "All of a program's environment."
+        env = {"PATH": os.environ.get("PATH", os.defpath), **variables(self.environ), **self.env}
+        return {k.encode("utf-8", "surrogateescape"): v.encode("utf-8", "surrogateescape") for k, v in env.items()}
+
+
+_PRLIMIT = hasattr(resource, "prlimit")  # where it is, nothing of ours has to run in the child
+
+
+def set_limits(limits: Mapping[str, int], pid: int = 0) -> None:
+    "Set the limits of a process, by default this one, as far as that may be."
+    for name, value in limits.items():
+        what = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(what)[1]
+        if hard != resource.RLIM_INFINITY: value = min(value, hard)
+        try: resource.prlimit(pid, what, (value, value)) if pid else resource.setrlimit(what, (value, value))
+        except ProcessLookupError: return  # it has ended already
+
+
+def _why(path: str, e: Exception) -> tuple[str, str]:
+    "Status and log entry for a program that cannot be started."
+    if not os.path.exists(path): return "404 Not Found", f"no such program: {path}"
+    if os.path.isdir(path): return "403 Forbidden", f"a directory is no program: {path}"
+    if not os.access(path, os.X_OK): return "403 Forbidden", f"not executable, chmod +x it: {path}"
+    code = getattr(e, "errno", 0)
+    if code == errno.ENOENT: why = "its interpreter is not there, see its first line"
+    elif code == errno.ENOEXEC: why = "its first line does not say which program runs it, as in #!/bin/sh"
+    else: why = getattr(e, "strerror", None) or str(e)
+    return "500 Internal Server Error", f"cannot start {path}: {why}"

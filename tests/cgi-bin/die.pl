@@ -1,0 +1,2 @@
+#!/usr/bin/perl
+die "before there is a header\n";

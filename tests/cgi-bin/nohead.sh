@@ -1,0 +1,2 @@
+#!/bin/sh
+printf '\nnothing but a body\n'

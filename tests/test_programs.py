@@ -1,0 +1,246 @@
+"""Executables started for each request: what they find, how their answers are checked, and how they end."""
+import logging
+import os
+import re
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+from frontends.servers import wait_until
+from helpers import Reader, ask, begin, handling, params, request, split, stream
+
+from fastcgi import relay
+from fastcgi.cgi import Answer, arguments
+from fastcgi.programs import ProgramHandler
+
+HEAD = "printf 'Content-Type: text/plain\\n\\n'\n"
+
+
+@pytest.fixture
+def program(tmp_path):
+    "Makes a handler for a program of sh."
+    def make(code, first="#!/bin/sh\n", name="program", mode=0o755, **attrs):
+        path = tmp_path / name
+        path.write_text(first + code)
+        path.chmod(mode)
+        return ProgramHandler.of(path, **attrs)
+    return make
+
+
+def answer_of(handler, stdin=b"", **environ):
+    res, = ask(handler, request(stdin, **environ))
+    return res
+
+
+def gone(pid) -> bool:
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError): return True
+
+
+def test_environment_is_that_of_the_request_alone(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("OURS", "secret")
+    handler = program(HEAD + "env", env={"EXTRA": "given"})
+    res = answer_of(handler, HTTP_PROXY="evil", LD_PRELOAD="evil", PATH="evil", HTTP_X="grüße", SCRIPT_FILENAME="wrong")
+    seen = dict(o.split("=", 1) for o in res.body.decode().splitlines())
+    assert (seen["PATH"], seen["HTTP_X"], seen["EXTRA"]) == (os.environ["PATH"], "grüße", "given")
+    assert seen["SCRIPT_FILENAME"] == str(tmp_path / "program")
+    assert not {"OURS", "HTTP_PROXY", "LD_PRELOAD", "LC_CTYPE"} & {*seen}
+
+
+def test_directory_and_arguments(program, tmp_path):
+    res = answer_of(program(HEAD + 'pwd; printf "<%s>" "$@"'), QUERY_STRING="a+b%20c+%24x")
+    assert res.body.decode() == f"{tmp_path}\n<a><b c><\\$x>"
+
+
+@pytest.mark.parametrize("query,words", [("", []), ("a=b", []), ("a+b", ["a", "b"]), ("+", ["", ""]), ("%3d", ["="]),
+                                         ("a%00b", ["a"]), ("%FF", ["\\\udcff"]), ("x+" * 5000, ["x"] * 1000),
+                                         ("%0a;`", ["\\\n\\;\\`"]), ("%C3%A4", ["ä"])])
+def test_arguments_of_an_indexed_query(query, words): assert arguments(query) == words
+
+
+def test_nothing_of_ours_is_inherited(program):
+    assert answer_of(program(HEAD + "ls /proc/self/fd | wc -l")).body.strip() == b"4"  # and that of ls itself
+
+
+def test_body_streams_through_both_ways(program):
+    body = os.urandom(3 << 20)
+    assert answer_of(program(HEAD + "cat"), body).body == body
+
+
+def test_output_comes_as_it_is_written(program, tmp_path):
+    os.mkfifo(tmp_path / "gate")
+    with handling(program(HEAD + "echo one\nread x <gate\necho two")) as sock:
+        sock.sendall(request())
+        reader = Reader()
+        while not any(o.stdout.endswith(b"one\n") for o in reader.open.values()): reader.feed(sock.recv(1 << 16))
+        (tmp_path / "gate").write_text("go on\n")
+        while not reader.answers: reader.feed(sock.recv(1 << 16))
+        assert reader.answers[0].body == b"one\ntwo\n"
+
+
+def test_input_comes_as_it_is_sent(program):
+    with handling(program(HEAD + "read a; echo got $a; read b; echo got $b")) as sock:
+        sock.sendall(begin() + params(dict(REQUEST_METHOD="POST")) + stream(5, b"first\n")[:-8])
+        reader = Reader()
+        while not any(b"got first" in o.stdout for o in reader.open.values()): reader.feed(sock.recv(1 << 16))
+        sock.sendall(stream(5, b"second\n"))
+        while not reader.answers: reader.feed(sock.recv(1 << 16))
+        assert reader.answers[0].body == b"got first\ngot second\n"
+
+
+@pytest.mark.parametrize("n", [10, 1 << 20])
+def test_body_that_is_not_read(n, program):
+    assert answer_of(program(HEAD + "exec <&-; echo no"), bytes(n)).body == b"no\n"
+    assert answer_of(program(HEAD + "echo no"), bytes(n)).body == b"no\n"
+
+
+def test_standard_error_and_exit_status(program, caplog):
+    with caplog.at_level(logging.INFO): res = answer_of(program(HEAD + "echo out; echo oops >&2; exit 3"))
+    assert (res.body, bytes(res.stderr), res.app_status) == (b"out\n", b"oops\n", 3)
+    assert "program ended with exit=3: program" in caplog.text
+    assert answer_of(program(HEAD + "kill -9 $$")).app_status == 128 + 9
+    assert "signal=9" in caplog.text
+
+
+# Answers
+
+@pytest.mark.parametrize("code,said", [
+    ("echo hello\necho\n", "malformed header line 'hello'"), ("", "no output"), ("printf 'A: b\\n'", "ended before"),
+    ("printf 'A b: c\\n\\n'", "'A b: c'"), ("printf 'A: b\\n folded\\n\\n'", "' folded'"),
+    ("printf 'A: b\\rC: d\\n\\n'", "'A: b\\rC: d'"), ("printf 'HTTP/1.1 200 OK\\nA: b\\n\\n'", "'HTTP/1.1 200 OK'"),
+    ("printf ': b\\n\\n'", "': b'"), ("head -c 70000 /dev/zero | tr '\\\\0' x", "larger than 65536"),
+    ("printf 'A: \\000\\n\\n'", "malformed")], ids=range(10))
+def test_answers_that_are_none(code, said, program, caplog):
+    res = answer_of(program(code))
+    assert (res.headers["status"], res.body) == ("500 Internal Server Error", b"500 Internal Server Error\n")
+    assert said in caplog.text and "sent 500: program" in caplog.text
+
+
+@pytest.mark.parametrize("out,head", [
+    (r"A: b\r\nC: d\n\nbody", b"A: b\r\nC: d\r\n\r\n"), (r"\nbody", b"Status: 200 OK\r\n\r\n"),
+    (r"Location: /x\n\nbody", b"Status: 302 Found\r\nLocation: /x\r\n\r\n"),
+    (r"Status: 301\nlocation: /x\n\nbody", b"Status: 301\r\nlocation: /x\r\n\r\n"),
+    (r"A:\n\r\nbody", b"A:\r\n\r\n")])
+def test_heads(out, head, program):
+    assert bytes(answer_of(program(f"printf '{out}'")).stdout) == head + b"body"
+
+
+def test_status_line_of_a_program_that_parses_no_headers(program):
+    handler = program("printf 'HTTP/1.0 404 Not Here\\r\\nA: b\\r\\n\\r\\nbody'", name="nph-program")
+    assert bytes(answer_of(handler).stdout) == b"Status: 404 Not Here\r\nA: b\r\n\r\nbody"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_head_however_it_is_cut(size):
+    class Handler(ProgramHandler):
+        def handle(self):
+            answer, data = Answer(self, "x"), b"A: b\r\nC: d\n\r\nbo\n\ndy"
+            for i in range(0, len(data), size): answer.write(data[i:i + size])
+            answer.end()
+    assert bytes(answer_of(Handler).stdout) == b"A: b\r\nC: d\r\n\r\nbo\n\ndy"
+
+
+# Programs that cannot be started
+
+@pytest.mark.parametrize("first,mode,status,said", [
+    ("#!/bin/sh\n", 0o644, "403 Forbidden", "not executable, chmod"),
+    ("#!/no/such/thing\n", 0o755, "500 Internal Server Error", "its interpreter is not there"),
+    ("echo no first line\n", 0o755, "500 Internal Server Error", "does not say which program runs it")])
+def test_what_cannot_be_started(first, mode, status, said, program, caplog):
+    assert answer_of(program(HEAD, first, mode=mode)).headers["status"] == status
+    assert said in caplog.text
+
+
+def test_program_that_is_not_there_or_a_directory(tmp_path, caplog):
+    assert answer_of(ProgramHandler.of(tmp_path / "nothing")).headers["status"] == "404 Not Found"
+    assert answer_of(ProgramHandler.of(tmp_path)).headers["status"] == "403 Forbidden"
+    res = answer_of(ProgramHandler.of(tmp_path / "nothing"), REQUEST_METHOD="HEAD")
+    assert res.body.strip() == b"" and "no such program" in caplog.text
+
+
+# Time, limits, and clients that leave
+
+@pytest.fixture
+def short_grace(monkeypatch): monkeypatch.setattr(relay, "GRACE", .2)
+
+
+@pytest.mark.parametrize("trap", ["", "trap '' TERM\n"])
+def test_deadline(trap, program, tmp_path, short_grace, caplog):
+    handler = program(f"{trap}echo $$ >pid\nsleep 100 & echo $! >>pid\nread x <fifo", deadline=.3)
+    os.mkfifo(tmp_path / "fifo")
+    res = answer_of(handler)
+    assert (res.headers["status"], res.app_status) == ("504 Gateway Timeout", 128 + (9 if trap else 15))
+    assert "program ended after 0.3 s, sent 504" in caplog.text
+    for pid in (tmp_path / "pid").read_text().split(): wait_until(lambda pid=pid: gone(pid), "all of it has ended")
+
+
+def test_deadline_in_the_middle_of_an_answer_does_not_let_it_look_whole(program, tmp_path, short_grace, caplog):
+    os.mkfifo(tmp_path / "fifo")
+    with handling(program(HEAD + "echo begun\nread x <fifo", deadline=.3)) as sock:
+        sock.sendall(request())
+        data = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    records, _ = split(data)
+    assert b"".join(o.content for o in records).endswith(b"begun\n") and 3 not in {o.typ for o in records}
+    assert "program ended after 0.3 s, cut" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["", ">&2"])
+def test_deadline_of_a_program_that_never_stops_talking(where, program, short_grace, caplog):
+    with handling(program(HEAD + f"exec yes {where}", deadline=.3)) as sock:
+        sock.sendall(request())
+        while sock.recv(1 << 20): pass
+    assert re.search("program ended with signal=1[35]", caplog.text)  # SIGPIPE may be first
+
+
+def test_program_that_goes_on_after_its_answer(program, tmp_path, short_grace):
+    os.mkfifo(tmp_path / "fifo")
+    res = answer_of(program(HEAD + "echo done\nexec >&- 2>&-\nread x <fifo"))
+    assert (res.body, res.app_status) == (b"done\n", 128 + signal.SIGTERM)
+
+
+def test_background_process_that_has_its_own_output_is_left_alone(program, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    res = answer_of(program(HEAD + "{ read x <fifo; } >/dev/null 2>&1 & echo $!"))
+    assert not gone(int(res.body))
+    (tmp_path / "fifo").write_text("go\n")
+    wait_until(lambda: gone(int(res.body)), "it ends")
+
+
+def test_client_that_leaves_ends_the_program(program, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with handling(program("echo $$ >pid.new; mv pid.new pid; read x <fifo")) as sock:
+        sock.sendall(request())
+        pid = wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "it runs")
+    wait_until(lambda: gone(int(pid)), "it was ended")
+
+
+def test_client_that_leaves_in_the_middle_of_its_upload(program, tmp_path):
+    with handling(program("echo $$ >pid.new; mv pid.new pid; cat >/dev/null; echo whole >end")) as sock:
+        sock.sendall(begin() + params(dict(REQUEST_METHOD="POST")) + stream(5, b"x" * 1000)[:-8])
+        pid = wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "it runs")
+    wait_until(lambda: gone(int(pid)), "it was ended")
+    assert not (tmp_path / "end").exists()
+
+
+def test_limits(program):
+    hard = min(123, *(o for o in resource.getrlimit(resource.RLIMIT_NOFILE) if o >= 0))
+    handler = program(HEAD + "read x; ulimit -n; ulimit -t", limits={"NOFILE": 123, "CPU": 77})
+    assert answer_of(handler, b"\n").body.split() == [b"%d" % hard, b"77"]
+
+
+def test_without_pidfds(program, monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    assert answer_of(program(HEAD + "exec echo fine"), b"x").body == b"fine\n"
+
+
+def test_several_at_a_time_in_threads(program):
+    assert not ProgramHandler.one_at_a_time
+    handler = program(HEAD + "cat")
+    with handling(handler) as a, handling(handler) as b:
+        for sock in (a, b): sock.sendall(begin() + params(dict(REQUEST_METHOD="POST")) + stream(5, b"x")[:-8])
+        for sock in (b, a): sock.sendall(stream(5, b"y"))
+        for sock in (a, b):
+            reader = Reader()
+            while not reader.answers: reader.feed(sock.recv(1 << 16))
+            assert reader.answers[0].body == b"xy"
