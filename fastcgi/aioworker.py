@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ("AsyncWorker", "event_loop")
 
+log = logging.getLogger("fastcgi.server")
+
 
 class AsyncWorker:
     "Serves until its `PreForkMixIn` is told to stop, the master is gone, or `max_requests` requests were begun."
     parked = watched = ()  # connections are the loop's affair
+    starting: asyncio.Task[Any] | None = None  # what runs `startup` of the handler class, while that lasts
+    late = False  # it was given up
 
     def __init__(
         self,
@@ -57,7 +62,7 @@ class AsyncWorker:
         loop.add_reader(self.alarm.fd, self._look, server)
         if self.lifeline is not None: loop.add_reader(self.lifeline, self._stop, server)
         try:
-            await server.start()
+            if not await self._start(server): return
             self.server._serving()
             observer = self.server.observer
             if observer: observer.ready()
@@ -73,15 +78,34 @@ class AsyncWorker:
             loop.remove_reader(self.alarm.fd)
             if self.lifeline is not None: loop.remove_reader(self.lifeline)
 
+    async def _start(self, server: _Server) -> bool:
+        "False if we were told to stop, and it does not start in time. What has started is served, and told of its end."
+        self.starting = asyncio.current_task()
+        try: await server.start()
+        except asyncio.CancelledError:
+            if not self.late: raise
+            log.error("the application did not start within %g s after it was to stop", self.server.graceful_timeout)
+        finally: self.starting = None
+        return not self.late
+
+    def _give_up(self) -> None:
+        if self.starting and not self.late:
+            self.late = True
+            self.starting.cancel()
+
     def _look(self, server: _Server) -> None:
         self.alarm.clear()
-        if self.server._stopping: server.stop()
+        if self.server._stopping: self._stop_soon(server)
+
+    def _stop_soon(self, server: _Server) -> None:
+        server.stop()
+        if self.starting: server.get_loop().call_later(self.server.graceful_timeout, self._give_up)
 
     def _stop(self, server: _Server) -> None:
         "The master stops, or is gone: which would be news for ever."
         server.get_loop().remove_reader(self.lifeline)  # type: ignore[arg-type]
         self.server._stopping = True
-        server.stop()
+        self._stop_soon(server)
 
     def _listen_to_signals(self) -> None:
         "The alarm is told by our handlers themselves: loops of some kinds take the descriptor that wakes for signals."

@@ -19,7 +19,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from . import reexec
+from . import kin, reexec
 from .notify import notify, reloading, watchdog
 from .privileges import is_root
 from .scoreboard import Scoreboard
@@ -229,7 +229,7 @@ class Master:
 
     def _tell_ready(self, status: str = "") -> None:
         self.told_ready = True
-        notify(READY=1, STATUS=status or f"{self.wanted} workers at {self.server._where()}")
+        notify(READY=1, STATUS=status or f"{self.wanted} worker{'s' * (self.wanted != 1)} at {self.server._where()}")
 
     def _retire(self, child: Child) -> None:
         log.debug("worker is let go pid=%d", child.pid)
@@ -380,7 +380,7 @@ class Master:
             notify(WATCHDOG=1)
         for o in self.children:
             if o.leaving is not None and now > o.leaving + self.server.graceful_timeout + 1 and not o.killed:
-                self._kill(o, "its requests did not end")
+                self._kill(o)
             if o.dumped_at and now > o.quiet_at(): self._tell_stacks(o)
         if not (board := self.server.scoreboard) or now < self.look_at or not self._looks(): return
         self.look_at = now + self.look_every
@@ -398,7 +398,7 @@ class Master:
             log.warning("request killed, with its worker, as it took longer than request_timeout: "
                         "pid=%d seconds=%.1f request=\"%s\"", child.pid, seconds, request)
             child.killed = True
-            return self._signal(child, signal.SIGKILL)
+            return kin.kill([child.pid])
         began = monotonic() - seconds
         if server.slow_log is not None and seconds >= server.slow_log and abs(began - child.told) > .005:
             if child.dumped_at: self._tell_stacks(child)
@@ -414,10 +414,10 @@ class Master:
         slow.warning("slow request: %s\n%s", child.about, stacks or "    (no stack came)")
         child.said, child.dumped_at = b"", 0.0
 
-    def _kill(self, child: Child, reason: str) -> None:
-        log.warning("worker killed pid=%d: %s", child.pid, reason)
+    def _kill(self, child: Child) -> None:
+        log.warning("worker killed pid=%d: its %s did not end", child.pid, "requests" if child.ready else "start")
         child.killed = True
-        self._signal(child, signal.SIGKILL)
+        kin.kill([child.pid])
 
     # Reload
 
@@ -463,7 +463,8 @@ class Master:
         if server._signalled: server._refuse_more()
         start, said, left_it = monotonic(), False, not server._signalled
         for o in self.children:
-            if o.status or not o.ready: self._signal(o, signal.SIGKILL)  # no request is lost with it
+            if o.status: self._signal(o, signal.SIGKILL)  # no request is lost with it
+            elif not o.ready: self._signal(o, signal.SIGTERM)  # it may not look at the lifeline yet
         until = start + server.graceful_timeout
         while self.children and not server._at_once and (left := until - (now := monotonic())) > 0:
             if not left_it and now - start >= NOTICE:  # by now only those keep it who are busy
@@ -473,16 +474,15 @@ class Master:
             if now - start >= NOTICE: self._drop_handed_over()
             if not said and now - start >= SAY:
                 said = True
-                log.info("waiting for the running requests of %d workers, %.0f s at most; Ctrl-C again ends them now",
-                         len(self.children), left)
+                log.info("waiting for %s, %.0f s at most; Ctrl-C again ends them now", self._awaited(), left)
             self._wait(min(left, self.ping or left, left if said else SAY if left_it else NOTICE))
             self._look(monotonic())
         if not left_it: server._give_up_address()  # a process that the application forgot may still have it
         server._leave_address()
-        if server._at_once and self.children: log.info("ended at once: %d processes were killed", len(self.children))
+        if server._at_once and self.children: log.info("ended at once: killed=%d", len(self.children))
+        if server._at_once: kin.kill(o.pid for o in self.children)
         for o in self.children:
-            if server._at_once: self._signal(o, signal.SIGKILL)
-            elif not o.killed: self._kill(o, "its requests did not end")
+            if not server._at_once and not o.killed: self._kill(o)
         for o in self.children:
             with suppress(ChildProcessError): os.waitpid(o.pid, 0)
             if o.pipe >= 0: os.close(o.pipe)
@@ -492,6 +492,11 @@ class Master:
         if server._accept_lock: server._accept_lock.close()
         if server.scoreboard: server.scoreboard.close()
         server._exchanged = server._accept_lock = server.scoreboard = None
+
+    def _awaited(self) -> str:
+        n, starting = (sum(o.ready is ready and not o.status for o in self.children) for ready in (True, False))
+        return " and ".join(f"{what} of {m} worker{'s' * (m > 1)}" for what, m in (
+            ("the running requests", n), ("the start", starting)) if m)
 
     def _drop_handed_over(self) -> None:
         "Idle connections of workers that a signal reached before they knew that all stop: nobody takes them now."

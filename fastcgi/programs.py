@@ -20,7 +20,7 @@ from .connection import status_page
 from .handler import FcgiHandler
 from .relay import Relay
 
-__all__ = ("ProgramHandler", "set_limits")
+__all__ = ("ProgramHandler", "ends_in_cr", "set_limits")
 
 log = logging.getLogger("fastcgi.handler")
 T = TypeVar("T", bound="ProgramHandler")
@@ -83,6 +83,7 @@ class ProgramHandler(FcgiHandler):
         status = Relay(self, process, answer, *fds).run(self.deadline)
         answer.end()
         if status:
+            if status == 127 and ends_in_cr(path): log.error("%s: %s", path, CRLF)  # env does not find 'python3\r'
             log.log(logging.WARNING if status < 0 else logging.INFO, "program ended with %s: %s %s", f"signal={-status}"
                     if status < 0 else f"exit={status}", os.path.basename(path), self._about())
         self.app_status = status if status >= 0 else 128 - status
@@ -98,6 +99,7 @@ class ProgramHandler(FcgiHandler):
         return {k.encode("utf-8", "surrogateescape"): v.encode("utf-8", "surrogateescape") for k, v in env.items()}
 
 
+CRLF = "its first line ends in CR LF: save it with Unix line ends"
 _PRLIMIT = hasattr(resource, "prlimit")  # where it is, nothing of ours has to run in the child
 
 
@@ -111,13 +113,21 @@ def set_limits(limits: Mapping[str, int], pid: int = 0) -> None:
         except ProcessLookupError: return  # it has ended already
 
 
+def ends_in_cr(path: str) -> bool:
+    "Whether a program's first line names an interpreter, and ends as lines do on Windows."
+    try:
+        with open(path, "rb") as f: first = f.readline(256)
+    except OSError: return False
+    return first.startswith(b"#!") and first.endswith(b"\r\n")
+
+
 def _why(path: str, e: Exception) -> tuple[str, str]:
     "Status and log entry for a program that cannot be started."
     if not os.path.exists(path): return "404 Not Found", f"no such program: {path}"
     if os.path.isdir(path): return "403 Forbidden", f"a directory is no program: {path}"
     if not os.access(path, os.X_OK): return "403 Forbidden", f"not executable, chmod +x it: {path}"
     code = getattr(e, "errno", 0)
-    if code == errno.ENOENT: why = "its interpreter is not there, see its first line"
+    if code == errno.ENOENT: why = CRLF if ends_in_cr(path) else "its interpreter is not there, see its first line"
     elif code == errno.ENOEXEC: why = "its first line does not say which program runs it, as in #!/bin/sh"
     else: why = getattr(e, "strerror", None) or str(e)
     return "500 Internal Server Error", f"cannot start {path}: {why}"

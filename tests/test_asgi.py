@@ -2,7 +2,9 @@
 import asyncio
 import json
 import logging
-from contextlib import asynccontextmanager, suppress
+import signal
+import time
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import helpers as h
@@ -807,6 +809,78 @@ def test_the_lifespan_is_the_workers(path):
         with h.connect(path) as sock: assert h.exchange(sock, h.request()).body == b"7"
         assert program.stop() == 0
         assert program.said().split("\n")[:3] == ["startup", "after the answer", "shutdown"]
+
+
+STARTING = """
+import asyncio, json, logging, os, sys
+from fastcgi import PreForkUnixServer
+from fastcgi.asgi import ASGIHandler
+
+address, gate, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
+
+async def app(scope, receive, send):
+    await receive()
+    print("startup", flush=True)
+    try:
+        while not os.path.exists(gate): await asyncio.sleep(.01)
+    except asyncio.CancelledError: print("cancelled", flush=True)
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    print("shutdown", flush=True)
+    await send({"type": "lifespan.shutdown.complete"})
+
+class Server(PreForkUnixServer): locals().update(options)
+with Server(address, ASGIHandler.of(app)) as server: server.serve_forever()
+print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def starting(path):
+    "Starts `STARTING` with options: it has begun to start, and does not end that until its file `gate` is there."
+    with ExitStack() as stack:
+        def start(**options):
+            program = stack.enter_context(h.Program("-c", STARTING, path, gate := path.parent / "gate",
+                                                    json.dumps(options)))
+            program.gate = gate
+            wait_until(lambda: program.said().count("startup") == max(options["workers"], 1), "startup")
+            return program
+        yield start
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_startup_that_has_begun_when_we_stop_is_told_of_its_end(starting, workers):
+    program = starting(workers=workers)
+    program.send_signal(signal.SIGTERM)
+    wait_until(lambda: "INFO waiting for the start" in program.said(), "what it waits for")
+    program.gate.touch()
+    assert program.ended() == 0 and program.said().count("shutdown") == max(workers, 1)
+    assert program.said().endswith("done\n") and not {"WARNING", "ERROR"} & {*program.said().split()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_startup_that_does_not_end_when_we_stop(starting, workers):
+    program, start = starting(workers=workers, graceful_timeout=.6), time.monotonic()
+    assert program.stop() == 0 and .5 < time.monotonic() - start < 5
+    assert "INFO waiting for the start" in program.said() and program.said().endswith("done\n")
+    if workers: assert "its start did not end" in program.said() or "did not start within 0.6 s" in program.said()
+    else: assert "ERROR the application did not start within 0.6 s" in program.said() and "cancelled" in program.said()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_signal_ends_a_startup_at_once(starting, workers):
+    program, start = starting(workers=workers), time.monotonic()
+    for signum in signal.SIGTERM, signal.SIGINT: program.send_signal(signum)
+    assert program.ended() == 0 and time.monotonic() - start < 5 and program.said().endswith("done\n")
+    assert "ended at once" in program.said() and "Traceback" not in program.said()
+
+
+def test_a_worker_that_starts_ends_with_its_master(starting):
+    program = starting(workers=1, graceful_timeout=.2)
+    program.kill()
+    program.ended()
+    assert "did not start within 0.2 s" in program.said()
 
 
 # What is no application

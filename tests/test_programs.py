@@ -1,14 +1,17 @@
 """Executables started for each request: what they find, how their answers are checked, and how they end."""
+import json
 import logging
 import os
 import re
 import resource
 import signal
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from frontends.servers import wait_until
-from helpers import Reader, ask, begin, handling, params, request, split, stream
+from helpers import Program, Reader, ask, begin, connect, handling, params, request, split, stream
 
 from fastcgi import relay
 from fastcgi.cgi import Answer, arguments
@@ -146,6 +149,8 @@ def test_head_however_it_is_cut(size):
 @pytest.mark.parametrize("first,mode,status,said", [
     ("#!/bin/sh\n", 0o644, "403 Forbidden", "not executable, chmod"),
     ("#!/no/such/thing\n", 0o755, "500 Internal Server Error", "its interpreter is not there"),
+    ("#!/no/such/thing\r\n", 0o755, "500 Internal Server Error", "its first line ends in CR LF: save it with Unix"),
+    ("#!/usr/bin/env sh\r\n", 0o755, "500 Internal Server Error", "its first line ends in CR LF: save it with Unix"),
     ("echo no first line\n", 0o755, "500 Internal Server Error", "does not say which program runs it")])
 def test_what_cannot_be_started(first, mode, status, said, program, caplog):
     assert answer_of(program(HEAD, first, mode=mode)).headers["status"] == status
@@ -221,6 +226,69 @@ def test_client_that_leaves_in_the_middle_of_its_upload(program, tmp_path):
         pid = wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "it runs")
     wait_until(lambda: gone(int(pid)), "it was ended")
     assert not (tmp_path / "end").exists()
+
+
+WORKERS = r"""
+import json, logging, sys
+from fastcgi import *
+from fastcgi.programs import ProgramHandler
+from fastcgi.scripts import ScriptHandler
+
+address, kind, path, options = json.loads(sys.argv[1])
+logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
+handler = ProgramHandler.of(path) if kind == "program" else ScriptHandler.of(path, isolate=kind == "isolated")
+class Server(PreForkUnixServer): locals().update(dict(workers=1, **options))
+with Server(address, handler) as srv: srv.serve_forever()
+"""
+LASTING = """#!{}
+import os, subprocess, time
+children = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sh", "-c", "sleep 600 & echo $! >>pids; wait"])
+with open("pids", "a") as f: f.write("".join(f"{{o}}\\n" for o in (os.getpid(), *(o.pid for o in children), "end")))
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def lasting(short_dir):
+    "Starts a server whose worker runs a program without an end; gives it, and the pids of all that this has started."
+    with ExitStack() as stack:
+        def start(kind, **options):
+            path, pids = short_dir / "last.py", short_dir / "pids"
+            path.write_text(LASTING.format(sys.executable))
+            path.chmod(0o755)
+            args = json.dumps([f"{short_dir}/s", kind, str(path), options])
+            server = stack.enter_context(Program("-c", WORKERS, args))
+            wait_until(lambda: "serving at" in server.said() or server.poll() is not None, "start")
+            stack.enter_context(connect(short_dir / "s")).sendall(request())
+            def found(): return pids.exists() and len(res := pids.read_text().split()) == 5 and res
+            res = [int(o) for o in wait_until(found, f"it runs, {server.said()}", 20) if o != "end"]
+            for pid in res: stack.callback(kill, pid)
+            return server, res
+        yield start
+
+
+def kill(pid):
+    if not gone(pid): os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["program", "isolated", "script"])
+def test_a_worker_is_killed_with_all_that_it_has_started(lasting, kind):
+    server, pids = lasting(kind, request_timeout=.3)
+    wait_until(lambda: "request killed, with its worker" in server.said(), "the limit")
+    wait_until(lambda: all(map(gone, pids)), "all of it has ended")
+    assert server.stop() == 0 and "ERROR" not in server.said()
+
+
+def test_programs_end_with_a_server_that_is_to_stop(lasting):
+    server, pids = lasting("program", graceful_timeout=.2)
+    assert server.stop() == 0 and "its requests did not end" in server.said()
+    wait_until(lambda: all(map(gone, pids)), "all of it has ended")
+
+
+def test_programs_end_with_a_server_that_is_to_stop_at_once(lasting):
+    server, pids = lasting("program")
+    assert server.stop(signal.SIGQUIT) == 0
+    wait_until(lambda: all(map(gone, pids)), "all of it has ended")
 
 
 def test_limits(program):
