@@ -6,7 +6,9 @@ BIN    := $(VENV)/bin
 COMPILED := $(VENV)-compiled
 LIGHT  := $(VENV)/.light
 READY  := $(VENV)/.ready
-COVERED := core connection streams handler aio response
+# with a process group of its own, as a terminal's Ctrl-C, which all get, would be a second signal beside ours
+APART  := import os, sys; os.setpgrp(); os.execv(sys.argv[1], sys.argv[1:])
+COVERED := core connection streams session handler aio response
 METADATA := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
@@ -43,9 +45,9 @@ demo: $(LIGHT) ## run examples/hello.py behind the built-in front end
 
 demo-caddy: $(LIGHT) ## run examples/hello.py behind Caddy, as in Caddyfile.example
 	@command -v caddy >/dev/null || { echo "Caddy is not installed; \`make demo\` needs nothing else." >&2; exit 1; }
-	@$(BIN)/python examples/hello.py & app=$$!; \
+	@$(BIN)/python -c "$(APART)" $(BIN)/python examples/hello.py & app=$$!; \
 	 sed 's/:8000/:$(PORT)/' Caddyfile.example | caddy run --adapter caddyfile --config - & web=$$!; \
-	 trap 'kill $$app $$web 2>/dev/null; wait' EXIT; trap 'exit 0' INT TERM; \
+	 trap 'kill $$app $$web 2>/dev/null; wait' EXIT; trap 'exit 0' INT TERM HUP; \
 	 port='import socket; socket.create_connection(("127.0.0.1", $(PORT)), 1)'; told=; \
 	 while sleep .2; kill -0 $$app 2>/dev/null && kill -0 $$web 2>/dev/null; do \
 	   test "$$told" || ! $(BIN)/python -c "$$port" 2>/dev/null || \

@@ -180,7 +180,7 @@ class Framing:
         at = self._resume(data, 0) if self._left or self._pad else 0
         while end - at >= 8:
             version, typ, request_id, length, padding = HEADER.unpack_from(data, at)
-            if version != FCGI_VERSION_1: raise RemoteProtocolError(f"record version {version}, not 1", typ, request_id)
+            if version != FCGI_VERSION_1: raise core.version_error(data, at, typ, request_id)
             todo = self._header(typ, request_id, length)
             at += 8
             stop = at + length

@@ -6,6 +6,7 @@ What may come when is not known here; that is `connection`.
 """
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
@@ -58,6 +59,7 @@ Bytes = bytes | bytearray | memoryview
 HEADER = struct.Struct("!BBHHBx")  # version, type, request id, content length, padding length
 BEGIN_BODY = struct.Struct("!HB5x")  # role, flags
 END_BODY = struct.Struct("!LB3x")  # application status, protocol status
+_HTTP = re.compile(rb"[A-Z]{3,7} ")  # the begin of a request
 LONG = struct.Struct("!L")
 
 
@@ -96,6 +98,12 @@ def pack_rec(
     return pack("BBHHBx", FCGI_VERSION_1, typ, request_id, len(c), 0) + c
 
 
+def version_error(c: Bytes, i: int, typ: int, request_id: int) -> RemoteProtocolError:
+    "To raise where a record of version 1 should begin, at `i`: says what it is instead, if that is plain."
+    what = ": that is HTTP, and FastCGI is spoken here" if _HTTP.match(c, i) else ""
+    return RemoteProtocolError(f"record version {c[i]}, not 1{what}", typ, request_id)
+
+
 def unpack_rec(
     c: Bytes,  # at least one whole record, from `i`
     i: int = 0,  # where it begins
@@ -103,7 +111,7 @@ def unpack_rec(
     "Read one record (spec 3.3). Raises `RemoteProtocolError` if it is cut or its version is not 1."
     if i < 0 or len(c) - i < FCGI_HEADER_LEN: raise RemoteProtocolError("record header cut short")
     version, typ, request_id, length, padding = HEADER.unpack_from(c, i)
-    if version != FCGI_VERSION_1: raise RemoteProtocolError(f"record version {version}, not 1", typ, request_id)
+    if version != FCGI_VERSION_1: raise version_error(c, i, typ, request_id)
     start = i + FCGI_HEADER_LEN
     end = start + length
     if end + padding > len(c): raise RemoteProtocolError("record cut short", typ, request_id)

@@ -15,12 +15,14 @@ from typing import Any
 from .connection import AbortRequest, BeginRequest, Connection, Exchange, Input, Refused
 from .core import Bytes
 from .errors import RemoteProtocolError
+from .request import about
 
 __all__ = ("Channel", "InputStream", "OutputStream")
 
 log = logging.getLogger("fastcgi.handler")
 
 RECV = 1 << 16  # bytes asked of one recv
+MORE = 1 << 18  # from a peer that fills that: malloc takes longer, and a large body needs fewer calls
 _JOIN = 1 << 14  # bytes up to which copying buffers together is cheaper than `sendmsg`
 _IOV = 64  # buffers given to one `sendmsg`
 _LOOKS = 16  # calls of recv by one `gone`
@@ -38,8 +40,10 @@ class Channel:
     parks = False  # what the peer does not take now may leave after the handler has ended
     _poll: Any = None
     _sending = False
+    _room = RECV
     _refused = False  # a request was, and the log has been told: of one connection once, for a flood must not fill it
     _left = -1  # bytes that `linger` may still throw away, once it has begun
+    current: Exchange | None = None  # whose answer is sent, for the log
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Channel:
             exchange = self.waiting.pop(0)
             if not exchange.ended:
                 self.connection.start(exchange)
+                self.current = exchange
                 return exchange
         return None
 
@@ -69,11 +74,12 @@ class Channel:
         patient: bool = True,  # our own answers, as to GET_VALUES, may wait for a peer that takes none
     ) -> bool:
         "Take in what has arrived, or arrives within `wait`. False if nothing did."
-        try: data = self.socket.recv(RECV, _DONTWAIT)
+        try: data = self.socket.recv(self._room, _DONTWAIT)
         except BlockingIOError:
             if wait == 0 or not self.poll(select.POLLIN, wait): return False
             return self.receive(0, patient)
         except OSError: data = b""
+        if len(data) == RECV: self._room = MORE
         connection = self.connection
         try: events = connection.receive_data(data) if data else connection.receive_eof()
         except RemoteProtocolError: events = []
@@ -103,7 +109,8 @@ class Channel:
         "Take in what comes next, be it of `stream` or not. What it raises, and when, is in `fill`."
         exchange.check()
         if exchange.stdin.size + exchange.data.size - stream.size > self.connection.limits.max_buffer:
-            log.warning("connection closed: max_buffer exceeded by the stream that is not read, peer=%r", self.peer)
+            log.warning("connection closed: max_buffer exceeded by the stream that is not read, peer=%r%s", self.peer,
+                        self._about())
             self.connection.send_failed()
         elif not self.receive(self.read_timeout): self.give_up("nothing was sent", self.read_timeout)
 
@@ -181,8 +188,10 @@ class Channel:
 
     def give_up(self, why: str, seconds: float | None) -> None:
         "The peer is too slow: from here on it counts as gone."
-        log.warning("connection closed after %s s: %s by peer=%r", seconds, why, self.peer)
+        log.warning("connection closed after %s s: %s by peer=%r%s", seconds, why, self.peer, self._about())
         self.connection.send_failed()
+
+    def _about(self) -> str: return f": {about(self.current)}" if self.current else ""
 
     def gone(self, exchange: Exchange) -> bool:
         "Whether the web server aborted `exchange` or closed the connection; takes in what has arrived, within bounds."

@@ -102,7 +102,7 @@ class Exchanged:
 
 class Worker:
     "The loop of one process: accept connections, resume parked ones. Its server's handlers call `park`."
-    busy: set[socket.socket] | tuple[()] = ()  # connections that threads work on
+    busy: Any = ()  # a set of connections that threads work on
     current: socket.socket | None = None  # whose turn it is, in this thread
 
     def __init__(self, server: PreForkMixIn, alarm: Alarm, lifeline: int | None) -> None:
@@ -120,7 +120,7 @@ class Worker:
         self.accepting = False
         self.paused_until = 0.0  # monotonic time, while descriptors have run out
         self.turns = 0
-        self.quiet: float = 0  # connections to accept before another may be tried without a look at the poller
+        self.quiet: Any = 0  # connections to accept before another may be tried without a look at the poller
         server.idle, server.leaving = {}, False
         if not isinstance(server, (ThreadingMixIn, ForkingMixIn)): server.park = self.park
         if not server._inherited: server.socket.setblocking(False)  # siblings wake for the same connection
@@ -351,7 +351,7 @@ class ThreadWorker(Worker):
 
     def __init__(self, server: PreForkMixIn, alarm: Alarm, lifeline: int | None) -> None:
         super().__init__(server, alarm, lifeline)
-        self.busy: set[socket.socket] = set()
+        self.busy = set()
         self.size = server.threads
         self.threads: list[threading.Thread] = []
         self.jobs: SimpleQueue[tuple[socket.socket, Any, Callable[[], None] | None] | None] = SimpleQueue()

@@ -24,9 +24,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import fastcgi
 from fastcgi.connection import Connection, Limits
 
 HERE = Path(__file__).parent
+PACKAGES = Path(fastcgi.__file__).parent.parent  # where programs find the package that is tested here
 DEADLINE = 10  # seconds that any wait on a socket or a thread may take
 (BEGIN_REQUEST, ABORT_REQUEST, END_REQUEST, PARAMS, STDIN, STDOUT, STDERR, DATA, GET_VALUES, GET_VALUES_RESULT,
  UNKNOWN_TYPE) = range(1, 12)
@@ -422,7 +424,7 @@ class Program(subprocess.Popen):
     def __init__(self, *args, env=None, shell: str | None = None, **kw) -> None:
         self.output = tempfile.TemporaryFile()
         kw = dict(stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, start_new_session=True) | kw
-        path = os.pathsep.join(x for x in (str(HERE.parent), os.environ.get("PYTHONPATH")) if x)
+        path = os.pathsep.join(x for x in (str(PACKAGES), os.environ.get("PYTHONPATH")) if x)
         env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **(env or {})}
         command = [sys.executable, *map(str, args)]
         super().__init__(["sh", "-c", shell, "sh", *command] if shell else command, env=env, **kw)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -730,7 +731,7 @@ def test_a_peer_that_takes_nothing_is_given_up(run, path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("size", [300_000, 3 * MB])
-def test_a_peer_that_does_not_take_the_end_of_an_answer_is_given_up(run, path, monkeypatch, size):
+def test_a_peer_that_does_not_take_the_end_of_an_answer_is_given_up(run, path, monkeypatch, caplog, size):
     monkeypatch.setattr(aio, "SWEEP", .01)
 
     async def handle(self): await self.write(OK + bytes(size))
@@ -743,6 +744,7 @@ def test_a_peer_that_does_not_take_the_end_of_an_answer_is_given_up(run, path, m
             while server.sessions: await asyncio.sleep(0)
 
     run(main())
+    assert re.search(r"nothing was read.*: request_id=1 method=GET path=/app.py/a%20b\n", caplog.text)
 
 
 def test_time_counts_from_when_the_peer_is_due(run, path):
@@ -884,7 +886,7 @@ print(json.dumps([all(fine), each, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[
 @pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
 def test_5000_idle_connections_cost_little(path, kind):
     if kind == "uvloop": loops.new_loop(kind).close()
-    code = IDLE.format(path=[str(h.HERE), str(h.HERE.parent)])
+    code = IDLE.format(path=[str(h.HERE), str(h.PACKAGES)])
     res = subprocess.run([sys.executable, "-c", code, kind, str(path)], capture_output=True, text=True, timeout=50)
     if (said := json.loads(res.stdout or "[]")) is None: pytest.skip("no 5,000 descriptors are allowed here")
     assert said and not res.stderr, res.stderr

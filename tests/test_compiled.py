@@ -16,14 +16,19 @@ from fastcgi import core
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE")
-TESTS = ("test_core.py", "test_connection.py", "test_vectors.py", "conformance", "test_handler.py", "test_streams.py",
-         "test_roles.py", "test_aio.py", "test_client.py")
+TESTS = {
+    "engine": ("test_core.py", "test_connection.py", "test_vectors.py", "test_roles.py", "test_client.py"),
+    "handlers": ("test_handler.py", "test_streams.py", "conformance", "test_aio.py"),
+    "workers": ("test_worker.py", "test_slow_readers.py")}
 WITHOUT = "import sys; sys.modules['mypyc'] = None; from setuptools import build_meta"
-CODE = "import sys; from fastcgi import core, connection; print(core.__file__, connection.__file__)"
+CODE = """
+from fastcgi import connection, core, session, streams, worker
+for o in connection, core, session, streams, worker: print(o.__file__)
+"""
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the sources are not here"),
     pytest.mark.skipif(not find_spec("mypyc"), reason="mypyc is not installed"),
     pytest.mark.skipif(not (which("cc") or which("gcc")), reason="there is no C compiler"),
@@ -81,10 +86,12 @@ def test_extension_modules_take_the_place_of_the_sources(compiled):
     assert {o.name for o in compiled.iterdir()} == {"fastcgi"}
 
 
-def test_the_same_tests_pass(compiled):
+@pytest.mark.parametrize("tests", TESTS)
+def test_the_same_tests_pass(compiled, tests):
     env = {**os.environ, "PYTHONPATH": str(compiled), "CI": "true"}  # as hypothesis knows it: no deadline an example
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"): env.pop(name, None)
-    args = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", *(str(ROOT / "tests" / o) for o in TESTS)]
-    done = subprocess.run([sys.executable, "-m", "pytest", *args], env=env, cwd=compiled, timeout=500,
+    args = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov"]
+    args += [str(ROOT / "tests" / o) for o in TESTS[tests]]
+    done = subprocess.run([sys.executable, "-m", "pytest", *args], env=env, cwd=compiled, timeout=1100,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

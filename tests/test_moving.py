@@ -126,7 +126,7 @@ def rows(title):
 def test_each_argument_of_flup_is_in_the_table():
     if not find_spec("flup"): pytest.skip("flup is not installed")
     code = "import test_wsgi_server as t; print(*t.flup_arguments())"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (h.HERE, h.HERE.parent))), "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (h.HERE, h.PACKAGES))), "PYTHONWARNINGS": "ignore"}
     said = subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=30, capture_output=True, text=True)
     assert {*said.stdout.split(), "application"} == {o for line in rows("what becomes of it") for o in line[0]}
 

@@ -139,7 +139,7 @@ def test_a_list_of_addresses_that_is_none_is_refused(monkeypatch, path):
 def spawned(program, folder):
     "The address of a program that was started with its listening socket as descriptor 0, which is left as it was."
     (folder / "app.py").write_text(program)
-    env = dict(os.environ, PYTHONPATH=str(h.HERE.parent), PYTHONWARNINGS="error")
+    env = dict(os.environ, PYTHONPATH=str(h.PACKAGES), PYTHONWARNINGS="error")
     with listen(folder / "s") as sock:
         before = flags(sock)
         proc = subprocess.Popen([sys.executable, folder / "app.py"], stdin=sock, stderr=subprocess.PIPE, text=True,

@@ -18,9 +18,9 @@ from helpers import (ABORT_REQUEST, DATA, DEADLINE, END_REQUEST, FILTER, GET_VAL
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastcgi.connection import Connection, Input, Limits
+from fastcgi.connection import Connection, Exchange, Input, Limits
 from fastcgi.errors import ConnectionLost, LocalProtocolError, RequestAborted
-from fastcgi.streams import Channel, InputStream, OutputStream
+from fastcgi.streams import MORE, RECV, Channel, InputStream, OutputStream
 
 HEAD = b"Content-Type: text/plain\r\n\r\n"
 
@@ -193,7 +193,7 @@ def test_stream_that_a_filter_does_not_read_is_bounded(read, caplog):
         sender = threading.Thread(target=sendall, args=(theirs, stream(STDIN, bytes(4 << 20))))
         sender.start()
         with pytest.raises(ConnectionLost): read(InputStream(channel, exchange, exchange.data))
-        assert exchange.stdin.size < 300_000 + (1 << 17)
+        assert exchange.stdin.size < 300_000 + RECV + MORE
         channel.socket.shutdown(socket.SHUT_RDWR)
         sender.join(DEADLINE)
     line, = caplog.messages
@@ -216,15 +216,12 @@ def test_readinto_any_buffer(buf):
         assert (file.readinto(buf), bytes(buf)) == (8, b"12345678")
 
 
-class Ready:
-    "A channel on which everything has arrived."
-    def fill(self, exchange, stream): return stream.size > 0
-
-
 def arrived(body):
-    data = Input(ended=True)
+    "All of a body, for which no socket is asked."
+    data, connection = Input(ended=True), Connection()
     for i in range(0, len(body), 1 << 16): data.feed(body[i:i + (1 << 16)])
-    return InputStream(Ready(), None, data)
+    with socket.socket() as sock: channel = Channel(sock, connection, 0)
+    return InputStream(channel, Exchange(connection, 1, 1, False), data)
 
 
 def linear(cost, n, factor=25):
@@ -529,7 +526,7 @@ def test_gone_behind_an_upload_that_nobody_reads(unread):
         theirs.setblocking(False)
         theirs.send(stream(STDIN, bytes(unread))[:-8])
         for _ in range(3): assert not channel.gone(exchange)
-        assert channel.connection.held <= 1 << 17
+        assert channel.connection.held <= RECV + MORE
         theirs.shutdown(socket.SHUT_WR)
         assert channel.gone(exchange)
 
@@ -539,7 +536,7 @@ def test_gone_takes_no_time_and_no_memory_from_an_endless_upload():
         sender = threading.Thread(target=sendall, args=(theirs, stream(STDIN, bytes(8 << 20))))
         sender.start()
         for _ in range(10_000): assert not channel.gone(exchange)
-        assert channel.connection.held <= 1 << 17
+        assert channel.connection.held <= RECV + MORE
         channel.socket.shutdown(socket.SHUT_RDWR)
         sender.join(DEADLINE)
 

@@ -27,7 +27,7 @@ from fastcgi.prefork import PreForkMixIn
 from fastcgi.wsgi import PreForkWSGIServer, SingleWSGIServer, WSGIServer
 
 HERE = Path(__file__).parent
-PATHS = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+PATHS = {"PYTHONPATH": f"{h.PACKAGES}{os.pathsep}{HERE}"}
 TEXT = [("Content-Type", "text/plain")]
 
 
@@ -457,6 +457,8 @@ def test_an_empty_host_is_every_interface():
 
 @pytest.mark.parametrize(("kw", "error", "message"), [
     ({"jobClass": 1}, TypeError, "WSGIServer has no argument jobClass"),
+    ({"maxThread": 8}, TypeError, "WSGIServer has no argument maxThread; did you mean maxThreads"),
+    ({"max_spare": 8}, TypeError, "WSGIServer has no argument max_spare; did you mean maxSpare"),
     ({"maxThread": 1}, TypeError, "no argument maxThread"),
     ({"minSpare": 0}, ValueError, "minSpare=0 cannot be"),
     ({"minSpare": 7}, ValueError, "maxSpare=5 cannot be: it is less than minSpare=7")])
