@@ -191,6 +191,16 @@ def held(pids) -> list[int]:
     return sorted(len(os.listdir(f"/proc/{o}/{what}")) for o in pids for what in ("fd", "task"))
 
 
+def at_rest(pids) -> list[int]:
+    "`held`, once a second has gone by without a change: the last connections are closed."
+    seen, since, end = held(pids), time.monotonic(), time.monotonic() + 20
+    while time.monotonic() - since < 1:
+        assert time.monotonic() < end, f"descriptors come and go: {seen}"
+        time.sleep(.05)
+        if (now := held(pids)) != seen: seen, since = now, time.monotonic()
+    return seen
+
+
 # The examples
 
 AROUND = {  # what a distribution's main file has, from which the example is read

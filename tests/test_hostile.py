@@ -21,6 +21,7 @@ from helpers import (ABORT_REQUEST, DEADLINE, GET_VALUES, PARAMS, STDIN, Program
 NUMBER = 1000  # hostile connections at a time
 SECONDS = 1.0  # of good requests beside them
 SOON, LATE = 1.0, 5.0  # seconds: nearly all good requests are answered within the one, all within the other
+LOOKS = 3  # for that, before it is a failure
 GROWTH = 150 << 20  # bytes of memory that all processes together may take for a thousand of them
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,7 @@ address, kind, policy = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
 HEAD = b"Content-Type: text/plain\r\n\r\n"
 BLOCK = b"x" * 65536
+SIZES = {"page": 4, "big": 160}
 
 class Policy: locals().update(policy)
 
@@ -39,16 +41,16 @@ class Sync(Policy, FcgiHandler):
     def handle(self):
         self.write(HEAD)
         do = self.environ.get("QUERY_STRING")
-        if do == "big":
-            for _ in range(160): self.write(BLOCK)
+        if do in SIZES:
+            for _ in range(SIZES[do]): self.write(BLOCK)
         elif do == "echo": self.write(self.read())
 
 class Async(Policy, AsyncFcgiHandler):
     async def handle(self):
         await self.write(HEAD)
         do = self.environ.get("QUERY_STRING")
-        if do == "big":
-            for _ in range(160): await self.write(BLOCK)
+        if do in SIZES:
+            for _ in range(SIZES[do]): await self.write(BLOCK)
         elif do == "echo": await self.write(await self.read())
 
 async def serve_async():
@@ -132,6 +134,7 @@ ATTACKS = {
     "begins":            (b"", b"".join(begin(i, keep=True) for i in range(1, 100)), 1),
     "refused":           (b"", begin(1, 9, True) * 10, 1),
     "aborts":            (b"", (begin(keep=True) + rec(ABORT_REQUEST)) * 10, 1),
+    "slow readers":      (request(QUERY_STRING="page"), b"", 1),
     "large answers":     (request(QUERY_STRING="big"), b"", 1),
 }
 
@@ -195,9 +198,15 @@ def good(server, seconds: float = SECONDS, least: int = 20) -> list[float]:
     return sorted(times)
 
 
-def check(times: list[float]) -> None:
-    "The point is that all are answered within a second; a machine that does other things may need longer for some."
-    assert times[-1] < LATE and times[math.ceil(len(times) * .95) - 1] < SOON, [f"{x:.2f}" for x in times[-20:]]
+def check(server, seconds: float = SECONDS, least: int = 20) -> None:
+    """The point is that all are answered within a second; a machine that does other things may need longer for some.
+
+    Where it did other things all the time, another look shows whether it was that.
+    """
+    for _ in range(LOOKS):
+        times = good(server, seconds, least)
+        if times[-1] < LATE and times[math.ceil(len(times) * .95) - 1] < SOON: return
+    pytest.fail(f"seconds that good requests took: {[f'{x:.2f}' for x in times[-20:]]}")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -209,7 +218,7 @@ def test_good_requests_are_answered_beside_a_thousand_hostile_peers(serving, kin
     server = serving(kind)
     before = server.size
     with crowd(server.address, first, again, pause, n) as seen:
-        check(good(server))
+        check(server)
         growth = server.size - before
     assert growth < GROWTH * (2 if kind == "threading" else 1), f"{growth >> 20} MB"
     assert seen[0] >= len(first) * n and "Traceback" not in server.app.said(), server.app.said()[-2000:]
@@ -220,7 +229,7 @@ def test_good_requests_are_answered_beside_a_thousand_hostile_peers(serving, kin
 @pytest.mark.parametrize("kind", SERVERS)
 def test_who_never_reads_the_answers_of_the_connection_itself_holds_nobody_up(serving, kind, attack):
     server = serving(kind)
-    with crowd(server.address, b"", ATTACKS[attack][1] * 100, 0, 6) as seen: check(good(server, 2))
+    with crowd(server.address, b"", ATTACKS[attack][1] * 100, 0, 6) as seen: check(server, 2)
     assert seen[0] > 300_000, "what the sockets hold has been full"
     assert "Traceback" not in server.app.said() and len(server.app.said().splitlines()) < 50, server.app.said()[-2000:]
 
@@ -230,7 +239,7 @@ def test_slow_readers_take_threads(serving, kind, readers):
     "As many as there are threads, of both workers, hold a pool up, for `timeout` seconds each; fewer do not."
     server = serving(kind, timeout=1)
     first = request(QUERY_STRING="big")
-    with crowd(server.address, first, b"", 1, readers): check(good(server))
+    with crowd(server.address, first, b"", 1, readers): check(server)
     with crowd(server.address, first, b"", 1, readers + 7): assert good(server, 0, 1)[-1] < DEADLINE
     assert "connection closed after 1 s: nothing was read" in server.app.said()
 
@@ -243,7 +252,7 @@ def test_connections_that_are_reset_in_the_middle(serving, kind):
         with connect(server.address) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.sendall(data[:i])
-    check(good(server, 0))
+    check(server, 0)
     assert server.size - before < GROWTH and "Traceback" not in server.app.said(), server.app.said()[-2000:]
 
 

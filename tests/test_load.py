@@ -3,7 +3,7 @@ import time
 
 import pytest
 from frontends.servers import wait_until
-from load import APP, Fcgi, Http, example, held, load, memory, report, serving, workers
+from load import APP, Fcgi, Http, at_rest, example, held, load, memory, report, serving, workers
 
 SECONDS = 60
 SETTLED = 10  # seconds after which memory is to be flat
@@ -19,7 +19,7 @@ def test_a_minute_of_full_load_through_nginx(short_dir, free_port):
                  "--access-log", short_dir / "access") as app:
         pids = [app.pid, *workers(app, 4)]
         for _ in range(20): Fcgi(("127.0.0.1", free_port))("1")
-        before, samples = held(pids), []
+        before, samples = at_rest(pids), []
         with example("nginx.conf", [free_port]) as web:
             clients = [*(Http(web.port) for _ in range(12)), *(Http(web.port, keep=False) for _ in range(2)),
                        *(Http(web.port, body=b"x" * 20_000) for _ in range(2))]

@@ -55,7 +55,8 @@ def read_answer(sock):
 def test_good_requests_are_answered_while_others_read_nothing(server, piece):
     size = MIB // 2
     with ExitStack() as stack:
-        slow = [stack.enter_context(ask(server.server_address, size, piece)) for _ in range(20)]
+        number = 20 if piece > 1000 else 5  # small pieces cost time, each its own `send`
+        slow = [stack.enter_context(ask(server.server_address, size, piece)) for _ in range(number)]
         for _ in range(5):
             with connect(server.server_address) as sock:
                 assert exchange(sock, request(QUERY_STRING="10 10")).stdout == expected(10, 10)
@@ -88,7 +89,7 @@ def test_who_reads_nothing_is_given_up(short_dir, caplog, monkeypatch):
             poll = select.poll()
             poll.register(sock, select.POLLHUP)
             assert poll.poll(DEADLINE * 1000)
-            assert "nothing was read by peer" in caplog.text
+            assert "nothing was read by peer=''" in caplog.text and "method=GET path=/app.py/a%20b\n" in caplog.text
 
 
 def test_who_leaves_costs_nothing_more(server):

@@ -365,7 +365,9 @@ class Async(AsyncFcgiHandler):
         await self.send("Status: 201 Made\nContent-Type: text/plain\n\nhello")
 
 handler = globals()[options.pop("handler", "Handler")]
-with type("Server", (PreForkUnixServer,), options)("app.sock", handler) as server: server.serve_forever()
+from socketserver import ForkingMixIn, UnixStreamServer
+bases = (PreForkMixIn, ForkingMixIn, UnixStreamServer) if options.pop("forks", 0) else (PreForkUnixServer,)
+with type("Server", bases, options)("app.sock", handler) as server: server.serve_forever()
 '''
 
 
@@ -467,6 +469,21 @@ def test_each_answer_has_a_line_in_the_access_log(short_dir, options):
         assert line["pid"] in [*children(pool.program.pid), pool.program.pid] and 0 <= line["duration"] < DEADLINE
 
 
+def test_the_query_is_not_in_the_access_log_where_it_is_not_to_be(short_dir):
+    with Served(short_dir, access_log=True, access_query=False) as pool:
+        assert pool.get("/a", "q=secret").stdout.endswith(b"hello")
+        text = pool.until(lambda: (s := (short_dir / "access.log").read_text()).count("/a ") and s)
+        assert '"GET /a HTTP/1.1" 201' in text and "secret" not in text
+
+
+def test_processes_forked_by_workers_are_counted(short_dir):
+    with Served(short_dir, handler="Handler", workers=1, access_log=True, forks=True) as pool:
+        before = pool.state()["requests"]
+        for _ in range(20): assert pool.get().stdout.endswith(b"hello")
+        assert pool.until(lambda: (n := pool.state()["requests"] - before) >= 21 and n) < 100
+        assert (short_dir / "access.log").read_text().count(" 201 ") == 20
+
+
 def test_without_access_log_there_is_no_line(short_dir):
     with Served(short_dir) as pool:
         assert pool.get().stdout.endswith(b"hello")
@@ -485,6 +502,7 @@ def test_a_full_disk_hurts_no_request(short_dir):
 def test_the_command_shows_a_real_pool(short_dir, capsys, monkeypatch):
     with Served(short_dir) as pool:
         pool.get()
+        pool.until(lambda: len(pool.state()["processes"]) == 2)
         monkeypatch.chdir(short_dir)
         assert main(["status", "app.sock", "--once"]) == 0
         out = capsys.readouterr().out
