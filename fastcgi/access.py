@@ -35,7 +35,7 @@ FIELDS = {  # of the JSON format, and where they come from; the other formats ha
     "pid": "the worker's",
     "id": "FastCGI request id",
     "host": "HTTP_HOST",
-    "referer": "HTTP_REFERER",
+    "referer": "HTTP_REFERER; without its query where `query` is False",
     "agent": "HTTP_USER_AGENT",
 }
 MOST = 4096  # characters of one field
@@ -84,7 +84,7 @@ class AccessLog:
     def __init__(
         self,
         format: str = "combined",  # or "common" or "json"
-        query: bool = True,  # write the query too, where a link may hold a secret
+        query: bool = True,  # write queries too, where a link may hold a secret
     ) -> None:
         "Raises `ValueError` for any other format."
         if format not in FORMATS: raise ValueError(f"access log format is one of {', '.join(FORMATS)}, not {format!r}")
@@ -108,7 +108,7 @@ class AccessLog:
         return f"{self._begin(get, path, status, size)} {seconds:.6f} {os.getpid()}"
 
     def _combined(self, get: Get, path: str, status: int, size: int, seconds: float, request_id: int) -> str:
-        referer, agent = _field(get("HTTP_REFERER")), _field(get("HTTP_USER_AGENT"))
+        referer, agent = _field(self._referer(get)), _field(get("HTTP_USER_AGENT"))
         return f'{self._begin(get, path, status, size)} "{referer}" "{agent}" {seconds:.6f} {os.getpid()}'
 
     def _begin(self, get: Get, path: str, status: int, size: int) -> str:
@@ -127,9 +127,14 @@ class AccessLog:
                       method=_text(get("REQUEST_METHOD")), path=_text(path), query=_text(get("QUERY_STRING")),
                       protocol=_text(get("SERVER_PROTOCOL")), status=status, bytes=size, duration=round(seconds, 6),
                       pid=os.getpid(), id=request_id, host=_text(get("HTTP_HOST")),
-                      referer=_text(get("HTTP_REFERER")), agent=_text(get("HTTP_USER_AGENT")))
+                      referer=_text(self._referer(get)), agent=_text(get("HTTP_USER_AGENT")))
         if not self._query: del fields["query"]
         return json.dumps(fields)
+
+    def _referer(self, get: Get) -> object:
+        "The page before may have been reached by such a link."
+        referer = get("HTTP_REFERER")
+        return referer if self._query or not referer else str(referer).partition("?")[0]
 
     def _tell_time(self, now: float) -> None:
         "The texts for the second of `now`, which is mostly that of the last line. English months, whatever the locale."

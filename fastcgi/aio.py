@@ -25,7 +25,7 @@ from typing import Any
 from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange, Input, Refused, status_page
 from .core import MAX_CONTENT, Bytes, Request
 from .errors import RemoteProtocolError, RequestAborted
-from .request import FcgiRequest, Lazy, crlf, write_log
+from .request import FRESH, FcgiRequest, Lazy, about, crlf, write_log
 from .sockets import above_streams, allowed_peers, listen, parse_address, peer_allowed, remove
 
 __all__ = ("AsyncFcgiHandler", "AsyncFcgiServer")
@@ -36,7 +36,6 @@ HIGH = 1 << 16  # bytes of a request's unread input at which its connection is n
 RECV = 1 << 16  # bytes asked of one recv: asyncio's own 256 kB are mapped and unmapped by malloc each time
 SLICE = 4 * MAX_CONTENT  # bytes of one `write` that are handed to the transport at a time
 SWEEP = 1.0  # seconds between looks for connections whose time is up
-FRESH = .5  # seconds to begin the first request when the server stops: no web server repeats one that is lost there
 CLEANUP = 5.0  # seconds that cancelled requests have to end in `shutdown`
 PAUSE = 0.1  # seconds without accepting when descriptors have run out
 BURST = 64  # connections accepted between two looks at the others
@@ -186,9 +185,10 @@ class AsyncFcgiHandler(FcgiRequest):
         finally: self._end()
 
     def _end(self) -> None:
-        self._check_answer()
-        self._exchange.end(self.app_status)
-        self._session.ended(self._exchange)
+        exchange = self._exchange
+        if not self._begins(exchange._head or exchange._stdout): self._check_answer()
+        exchange.end(self.app_status)
+        self._session.ended(exchange)
 
     def _check(self) -> None:
         if self._exchange.aborted: raise RequestAborted("the web server has given up the request")
@@ -275,7 +275,7 @@ class AsyncOutput:
 class _Session(asyncio.Protocol):
     "One connection: what arrives goes to the engine, its events to tasks, what it has to send to the transport."
     __slots__ = ("server", "loop", "connection", "transport", "running", "last", "reading", "writable", "unsent",
-                 "lingering", "until", "peer", "served", "arriving", "refused")
+                 "lingering", "until", "peer", "served", "arriving", "refused", "answered")
     transport: asyncio.Transport
 
     def __init__(self, server: AsyncFcgiServer) -> None:
@@ -286,6 +286,7 @@ class _Session(asyncio.Protocol):
         self.reading = True
         self.writable: asyncio.Event | None = None  # while the transport takes no more
         self.unsent = 0  # bytes that it held at the last look
+        self.answered: Exchange | None = None  # since that look, or its answer is among those bytes: for the log
         self.lingering = -1  # bytes that may still be thrown away after our answer, once we wait for the peer to close
         self.until = math.inf  # when that, or the wait for the end of an answered request's STDIN, is given up
         self.peer: Any = ""
@@ -393,7 +394,7 @@ class _Session(asyncio.Protocol):
 
     def ended(self, exchange: Exchange) -> None:
         "The answer of `exchange` is complete."
-        running = self.running.pop(exchange, None)
+        running, self.answered = self.running.pop(exchange, None), exchange
         if running and self.server.observer: self.server.observer.end(running[0])
         if running and running[0]._timer: running[0]._timer.cancel()
         self.last = self.loop.time()
@@ -469,6 +470,7 @@ class _Session(asyncio.Protocol):
         exchanges, limit, level = connection.exchanges.values(), handler.timeout, logging.WARNING
         unsent = self.transport.get_write_buffer_size()
         if unsent != self.unsent: self.unsent, self.last = unsent, now
+        if not unsent: self.answered = None
         arriving, patience = self._arriving(now), handler._patience()
         late = not self.running and patience is not None and arriving >= patience
         draining = bool(exchanges) and all(o.ended for o in exchanges)
@@ -491,7 +493,9 @@ class _Session(asyncio.Protocol):
             self.send()
             self._close()
         else:
-            log.log(level, "connection closed after %.0f s: %s, peer=%r", spent, why, self.peer)
+            whose = next(iter(self.running), self.answered)
+            log.log(level, "connection closed after %.0f s: %s, peer=%r%s", spent, why, self.peer,
+                    f": {about(whose)}" if whose else "")
             self._handle(connection.send_failed())
             self.transport.abort()
 

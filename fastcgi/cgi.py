@@ -18,8 +18,10 @@ from typing import Any, cast
 from urllib.parse import unquote
 
 from .connection import status_page
-from .core import Bytes
+from .core import MAX_CONTENT, Bytes
 from .handler import FcgiHandler
+from .request import Lazy
+from .streams import OutputStream
 
 __all__ = ("CGIHandler", "is_cgi", "run_as_cgi", "Answer", "variables", "arguments", "environment", "directory")
 
@@ -29,14 +31,88 @@ log = logging.getLogger("fastcgi.handler")
 _OURS = re.compile(r"LD_|DYLD_|PYTHON|PERL5|MALLOC_|GCONV_|BASH_|(PATH|HOME|SHELL|IFS|ENV|CDPATH|HTTP_PROXY)\Z")
 
 
+_NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_FIELD = re.compile(_NAME + rb":[^\r\n\0]*")
+_FIELDS = re.compile(rb"(?:" + _FIELD.pattern + rb"\r?\n)*")
+_BLOCK = re.compile(_FIELDS.pattern + rb"\r?\n")  # a whole header block; an empty one is known to all web servers
+_BLANK = re.compile(rb"(?:\A|\n)\r?\n")
+
+
 class CGIHandler(FcgiHandler):
-    "Calls `program` for each request, with the process made to look like that of a CGI program."
+    """Calls `program` for each request, with the process made to look like that of a CGI program.
+
+    What it prints leaves as it is. Without a header block it gives 500, as under any web server, and the log and
+    FCGI_STDERR say what is missing.
+    """
     one_at_a_time = True  # `os.environ` and `sys.stdout` are the whole process's
     program: Callable[[], Any]  # without arguments; a plain function in a class body needs `staticmethod`
+    _begins = staticmethod(_BLOCK.match)
 
     def handle(self) -> None:
         wanted = {_raw(k): _raw(v) for k, v in variables(self.environ).items()}
         with environment(wanted, with_ours=True), directory(), _standard_streams(self): self.program()
+
+    @Lazy
+    def stdout(self) -> OutputStream: return _Stdout(self)
+
+    def _check_answer(self) -> None:
+        "The whole head was looked for, in what may be its begin."
+        exchange, stdout = self._exchange, self.stdout
+        if isinstance(stdout, _Stdout) and exchange.answered and not exchange._left: stdout.look(whole=True)
+        elif not getattr(stdout, "known", False): super()._check_answer()
+
+    def _refuse(self, what: str, more: str = "") -> None:
+        if self.stderr_to != "log" and not self.show_errors:  # where the page says it
+            self._exchange.write_err(f"{what}{more and ': '}{more}\n".encode())
+        super()._refuse(what, more)
+
+
+class _Stdout(OutputStream):
+    "STDOUT of a CGI function: nothing leaves before its head is known to be one."
+
+    def __init__(self, handler: CGIHandler) -> None:
+        super().__init__(handler._channel, handler._exchange, handler._channel.write)
+        self._handler = handler
+        self.known = self.refused = False  # the head was looked at; it is none, and what follows is dropped
+        self._scanned = 0  # bytes known to hold no blank line
+
+    def write(self, data: Any, /) -> int:
+        if self.known: return memoryview(data).nbytes if self.refused else super().write(data)
+        view = memoryview(data).cast("B")
+        room = MAX_CONTENT - len(self._exchange._stdout)
+        if len(view) <= room: return super().write(data)
+        self._exchange.write(view[:room])
+        self.look(whole=True)
+        return room + self.write(view[room:])
+
+    def flush(self) -> None:
+        if not self.known and not self.held: self.look()
+        super().flush()
+
+    def look(
+        self,
+        whole: bool = False,  # no more of it will come
+    ) -> None:
+        "Refuse a head that is complete and none."
+        if self.known: return
+        handler, exchange, out = self._handler, self._exchange, self._exchange._stdout
+        if not whole and not _BLANK.search(out, max(self._scanned - 3, 0)): self._scanned = len(out)
+        else:
+            self.known = True
+            if exchange.aborted or "REQUEST_METHOD" not in handler.environ or _BLOCK.match(out): return
+            self.refused = True
+            handler._refuse(*_missing(bytes(out)))
+
+
+def _missing(head: bytes) -> tuple[str, str]:
+    "What is wrong with a head, and what its author should know."
+    fields = _FIELDS.match(head)
+    rest = head[fields.end() if fields else 0:]
+    line = rest.partition(b"\n")[0].removesuffix(b"\r")[:30]
+    if not rest or _FIELD.fullmatch(rest): return "the header block does not end", "print an empty line after it"
+    if len(rest) < len(head): return "an empty line is missing", f"print one before {line!r}, which is no header field"
+    return ("the answer has no header block",
+            f"it begins with {line!r}; print 'Content-Type: text/plain' and an empty line first")
 
 
 def is_cgi() -> bool:
@@ -204,7 +280,5 @@ class Answer:
         return b"\r\n".join(lines or [b"Status: 200 OK"]) + b"\r\n\r\n"
 
 
-_BLANK = re.compile(rb"(?:\A|\n)\r?\n")
-_FIELD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
 _STATUS_LINE = re.compile(rb"HTTP/[0-9.]+ +([1-9][0-9][0-9].*)")
 _MAX_HEAD = 1 << 16  # bytes; no web server takes more

@@ -39,12 +39,14 @@ class PreForkMixIn(Base):
 
     `serve_forever` returns after SIGTERM, SIGINT or `shutdown`, when running requests have ended and all workers have;
     a second signal ends them at once, and so does SIGQUIT. SIGHUP starts the program anew, in the same process, and
-    replaces one worker after another; no request is lost, and if the new code does not start the old goes on. SIGTTIN
-    and SIGTTOU: one worker more or less. SIGUSR1: open log files anew.
+    replaces one worker after another; no request is lost, and if the new code does not start the old goes on. Without
+    workers it does what SIGTERM does. SIGTTIN and SIGTTOU: one worker more or less. SIGUSR1: open log files anew.
 
     The address may be any that `listen` takes. Socket files are made and removed safely. As root it binds, and becomes
     `user` with `group` before it returns; whatever was imported until then was run by root, and what `load` imports is
-    not. With `ThreadingMixIn` behind it in the bases a worker has a thread per connection instead of parking any.
+    not. With `ThreadingMixIn` behind it in the bases a worker has a thread per connection instead of parking any. With
+    `ForkingMixIn` it has a process; all their requests are counted, but of those that run only one is known, and
+    `request_timeout` does not end them.
     """
     workers = os.cpu_count() or 1  # processes; 0 serves in this one
     threads = 1  # of a worker, started when they are needed; 1: no thread at all. Not for asyncio handlers
@@ -54,7 +56,7 @@ class PreForkMixIn(Base):
     max_requests = 0  # turns of connections (of an asyncio handler: requests) before a worker is replaced, 0 for ever
     max_requests_jitter = 0  # as many more at most, by chance, so that not all workers are replaced at a time
     max_connections = 1000  # connections of one worker, parked and running; more wait to be accepted
-    request_timeout: float | None = None  # seconds a request may take; then its worker is killed, with all it does
+    request_timeout: float | None = None  # seconds a request may take; then its worker and what it started are killed
     graceful_timeout: float = 30  # seconds that running requests have to end when we stop, then SIGKILL
     request_queue_size = 1024  # connections that wait to be accepted
     mode: int | None = None  # of the socket file, see `listen`
@@ -69,6 +71,7 @@ class PreForkMixIn(Base):
     ping_response = "pong"
     access_log = False  # a line for each request, to the logger fastcgi.access
     access_format = "combined"  # or "common" or "json"
+    access_query = True  # with the query, also that of the Referer; a link may hold a secret there
     slow_log: float | None = None  # seconds after which the stacks of a request's worker go to the logger fastcgi.slow
 
     park: Callable[..., None] | None  # see `Worker.park`
@@ -87,6 +90,7 @@ class PreForkMixIn(Base):
     _report: int | None = None  # where a worker that starts says how that went
     _stacks: int | None = None  # where it writes its stacks
     _reopen = False  # log files are to be opened anew
+    _late = False  # what ran did not end when we were to stop
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         self._is_down = threading.Event()
@@ -191,7 +195,7 @@ class PreForkMixIn(Base):
             else: self._serve_alone()
         finally:
             self._alarm = self._worker = self.park = self.observer = None
-            self._stopping = self._at_once = self._signalled = False
+            self._stopping = self._at_once = self._signalled = self._late = False
             self._is_down.set()
 
     def shutdown(self) -> None:
@@ -224,9 +228,9 @@ class PreForkMixIn(Base):
 
     def _observe(self, slot: int) -> None:
         from .access import AccessLog
-        on_end = AccessLog(self.access_format).log if self.access_log else None
-        threads = self.threads > 1 or isinstance(self, ThreadingMixIn)
-        self.observer = self.scoreboard.slot(slot, self.slow_log, on_end, threads)
+        on_end = AccessLog(self.access_format, self.access_query).log if self.access_log else None
+        threads, forks = self.threads > 1 or isinstance(self, ThreadingMixIn), isinstance(self, ForkingMixIn)
+        self.observer = self.scoreboard.slot(slot, self.slow_log, on_end, threads, forks)
 
     # A worker
 
@@ -264,6 +268,7 @@ class PreForkMixIn(Base):
         "Be a worker, or in a server without any do what they do."
         signals: tuple[int, ...] = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1
         if lifeline is not None: signals = _IN_A_WORKER
+        elif signal.getsignal(signal.SIGHUP) == signal.SIG_DFL: signals += signal.SIGHUP,  # not under nohup
         with Alarm(signals, self._interrupted if lifeline is None else self._ended) as alarm:
             self._alarm = alarm
             if self._reopen: self._reopen_later(alarm)
@@ -287,7 +292,7 @@ class PreForkMixIn(Base):
     # Without a master
 
     def _serve_alone(self) -> None:
-        self._said: threading.Timer | None = None
+        self._timers: list[threading.Timer] = []  # threads, as here the log may be in the middle of a line
         if reexec.has_predecessor():
             from .master import abandon
             abandon()
@@ -303,9 +308,9 @@ class PreForkMixIn(Base):
         try: self._work(None)
         except KeyboardInterrupt:
             if not self._at_once: raise
-            log.info("ended at once, as a second signal came")
+            if not self._late: log.info("ended at once, as a second signal came")
         finally:
-            if self._said: self._said.cancel()
+            for o in self._timers: o.cancel()
 
     def _interrupted(self, signum: int) -> None:
         "The first signal lets the running request end, the second does not."
@@ -315,11 +320,25 @@ class PreForkMixIn(Base):
         self._at_once = self._stopping or signum == signal.SIGQUIT
         self._stopping = self._signalled = True
         if self._at_once: raise KeyboardInterrupt
+        if signum == signal.SIGHUP and self._alarm: self._alarm.later = _hung_up
         if getattr(self._worker, "current", None): self._give_up_address()  # it will be a while until we are back
-        self._said = threading.Timer(SAY, log.info, [  # a thread, as here the log may be in the middle of a line
-            "waiting for the running request, %.0f s at most; Ctrl-C again ends it now", self.graceful_timeout])
-        self._said.daemon = True
-        self._said.start()
+        starting, say = getattr(self._worker, "starting", None), "waiting for %s, %.0f s at most; Ctrl-C again ends it"
+        what = "the start" if starting else "the running request"
+        self._timers = [threading.Timer(SAY, log.info, [f"{say} now", what, self.graceful_timeout]),
+                        threading.Timer(self.graceful_timeout + (1 if starting else 0), self._interrupt, [what])]
+        for o in self._timers:
+            o.daemon = True
+            o.start()
+
+    def _interrupt(self, what: str) -> None:
+        "In a thread: what keeps the main thread busy does not end, so it has a second signal. Others keep the time."
+        if not getattr(self._worker, "current", None) and not getattr(self._worker, "starting", None): return
+        log.warning("ended at once: %s did not end", what)
+        self._late = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _hung_up() -> None: log.warning("SIGHUP stops a server without workers; to start it anew it takes workers=1")
 
 
 _IN_A_WORKER = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTTIN,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
@@ -18,6 +19,7 @@ __all__ = ("FcgiRequest",)
 log = logging.getLogger("fastcgi.handler")
 stderr_log = logging.getLogger("fastcgi.stderr")
 
+FRESH = .5  # seconds to begin the first request when the server stops: no web server repeats one that is lost there
 CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160))}
 KEEP_LINES = {k: v for k, v in CONTROLS.items() if k not in (9, 10)}
 
@@ -63,6 +65,7 @@ class FcgiRequest(Limits):
     keep_conn: bool
     app_status: int
     _exchange: Exchange
+    _begins = staticmethod(re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:|\r?\n").match)  # a CGI answer (RFC 3875 6.2)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         "`stderr = \"log\"` in a class body is the policy `stderr_to`, since `self.stderr` is a file."
@@ -99,10 +102,24 @@ class FcgiRequest(Limits):
         if self._exchange.discard_output(): self._write_page(trace, error)
 
     def _check_answer(self) -> None:
-        "A web server makes anything of no answer, from an empty 200 to a hang: so there is one."
-        if self._exchange.answered or self._exchange.aborted: return
-        log.error("nothing was written, sent 500: %s", self._about())
-        self._write_page("")
+        """The answer does not begin as one for a web server. Bytes may be what somebody else wants, so they stay.
+
+        But a web server makes anything of no answer, from an empty 200 to a hang: so there is one.
+        """
+        exchange, cls = self._exchange, type(self)
+        if exchange.aborted: return
+        if not exchange.answered: return self._refuse("nothing was written")
+        if self._begins(exchange.head) or "REQUEST_METHOD" not in self.environ or "_told" in cls.__dict__: return
+        setattr(cls, "_told", True)  # noqa: B010 - for mypy
+        log.warning("the answer has no header block, of which web servers make a 502: it begins with %r; that is told "
+                    "once of %s: %s", bytes(exchange.head[:30]), cls.__name__, self._about())
+
+    def _refuse(self, what: str, more: str = "") -> None:  # more: what the author of the program should know
+        "What was written is no answer, and none of it has left."
+        log.error("%s, sent 500: %s%s", what, more and f"{more}: ", self._about())
+        if self._exchange.discard_output():
+            why = f"{what}: {more}" if more else what
+            self._write_page(f"{why}\n", ValueError(why))
 
     def _write_page(self, trace: str, error: BaseException | None = None) -> None:
         if error and self.error_page and (page := self._error_page(error)):
@@ -117,10 +134,15 @@ class FcgiRequest(Limits):
         try: return type(self).error_page(error, self.environ)  # type: ignore[misc]
         except Exception: log.exception("no page for an error"); return b""
 
-    def _about(self) -> str:
-        path = self.environ.get("REQUEST_URI", "").partition("?")[0]
-        text = f"request_id={self.request_id} method={self.environ.get('REQUEST_METHOD', '')} path={path}"
-        return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
+    def _about(self) -> str: return about(self._exchange)
+
+
+def about(exchange: Exchange) -> str:
+    "Which request it is, for a log."
+    environ = exchange.environ
+    path = environ.get("REQUEST_URI", "").partition("?")[0]
+    text = f"request_id={exchange.id} method={environ.get('REQUEST_METHOD', '')} path={path}"
+    return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
 
 
 def _trace(e: Exception) -> str:

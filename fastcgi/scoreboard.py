@@ -28,7 +28,7 @@ from .access import escape, status_of
 if TYPE_CHECKING:
     from .connection import Exchange
 
-__all__ = ("Scoreboard", "Slot", "ThreadSlot", "Row", "Totals", "BOUNDS")
+__all__ = ("Scoreboard", "Slot", "ThreadSlot", "ForkSlot", "Row", "Totals", "BOUNDS")
 
 # seconds; the last bucket of a histogram has no bound
 BOUNDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -190,9 +190,12 @@ class Scoreboard:
         slow: float | None = None,  # seconds from which on a request counts as slow
         on_end: Callable[[Any, float], None] | None = None,  # called with a handler and its seconds, as for a log
         threads: bool = False,  # requests run in threads
+        forks: bool = False,  # or in processes that the worker forks
     ) -> Slot:
         "The observer of the worker that has slot `i`, in that worker's process."
-        return (ThreadSlot if threads else Slot)(self._memory, (self._at_slots + i * _SLOT) * 8, slow, on_end)
+        at = (self._at_slots + i * _SLOT) * 8
+        if forks: return ForkSlot(self._memory, at, slow, on_end, self.fd)
+        return (ThreadSlot if threads else Slot)(self._memory, at, slow, on_end)
 
     # Readers
 
@@ -373,6 +376,30 @@ class ThreadSlot(Slot):
 
     def end(self, handler: Any) -> float:
         with self._lock: seconds = super().end(handler)
+        if self._then and seconds >= 0: self._then(handler, seconds)
+        return seconds
+
+
+class ForkSlot(Slot):
+    """The observer of requests that run in processes which the worker forks: each would count on from the worker's own.
+
+    So they take turns, and count on from what stands in the memory, within bounds.
+    """
+    __slots__ = ("_fd", "_at", "_then")
+
+    def __init__(self, memory: mmap.mmap, at: int, slow: float | None, on_end: Callable[[Any, float], None] | None,
+                 fd: int) -> None:  # fd: of the memory; -1: where there is none they count, but may lose some
+        super().__init__(memory, at, slow, None)
+        self._fd, self._at, self._then = fd, at, on_end
+
+    def end(self, handler: Any) -> float:
+        if self._fd >= 0: fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, self._at)
+        try:
+            self._counts[:] = map(_count, self._words[:_TEXT].tolist())
+            self._bytes, self._seconds = self._counts[_BYTES], _seconds(self._floats[_SECONDS_F])
+            seconds = super().end(handler)
+        finally:
+            if self._fd >= 0: fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._at)
         if self._then and seconds >= 0: self._then(handler, seconds)
         return seconds
 

@@ -67,6 +67,13 @@ def test_the_query_can_be_left_out():
     assert "query" not in json.loads(line("json", query=False))
 
 
+def test_neither_is_that_of_the_page_before():
+    for format, shown in (("combined", '"http://a/b"'), ("json", '"referer": "http://a/b"')):
+        assert shown in line(format, query=False, HTTP_REFERER="http://a/b?token=secret")
+        assert "secret" in line(format, HTTP_REFERER="http://a/b?token=secret")
+    assert '"-"' in line(query=False, HTTP_REFERER="")
+
+
 def test_another_format_is_refused():
     with pytest.raises(ValueError, match="one of common, combined, json, not 'xml'"): AccessLog("xml")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from frontends.servers import wait_until
-from helpers import (DEADLINE, OVERLOADED, STDIN, STDOUT, Program, Reader, answers, ask, begin, children, connect,
-                     converse, exchange, handling, params, rec, request, serve, split, stream)
+from helpers import (AUTHORIZER, DEADLINE, FILTER, OVERLOADED, RESPONDER, STDIN, STDOUT, Program, Reader, answers, ask,
+                     begin, children, connect, converse, exchange, handling, params, rec, request, serve, split, stream)
 
 from fastcgi import fastcgi
 from fastcgi.cgi import CGIHandler
@@ -281,6 +281,127 @@ def test_small_request_costs_one_record_of_output():
     assert [len(x.content) for x in split(got)[0]] == [len(HEAD) + 2, 0, 8]
 
 
+# What is no answer of a CGI program
+
+REQUEST_OF = ": request_id=1 method=GET path=/app.py/a%20b"
+ERROR = (b"Status: 500 Internal Server Error\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n"
+         b"500 Internal Server Error\n")
+NO_HEAD = ("the answer has no header block: it begins with {!r}; print 'Content-Type: text/plain' and an empty line "
+           "first")
+NO_END = "the header block does not end: print an empty line after it"
+NO_LINE = "an empty line is missing: print one before {!r}, which is no header field"
+BAD = {
+    "hello": NO_HEAD.format(b"hello"), "Hello\n\nworld": NO_HEAD.format(b"Hello"), "a\r\n": NO_HEAD.format(b"a"),
+    "<p>" * 99_999: NO_HEAD.format(b"<p>" * 10), "x\n" * 99_999: NO_HEAD.format(b"x"),
+    "HTTP/1.1 200 OK\r\n\r\n": NO_HEAD.format(b"HTTP/1.1 200 OK"), " A: b\n\n": NO_HEAD.format(b" A: b"),
+    "grüße\n\n": NO_HEAD.format("grüße".encode()), "A: \0\n\n": NO_HEAD.format(b"A: \0"),
+    "A: b": NO_END, "A: b\nB:\r\n": NO_END, "A: b\n" * 99_999: NO_END, "A: " + "b" * 99_999: NO_END,
+    "A: b\nhello\n": NO_LINE.format(b"hello"), "A: b\n<p>\n\n</p>": NO_LINE.format(b"<p>"),
+    "A: b\nC d: e\n\n": NO_LINE.format(b"C d: e")}
+HOW = {"print": lambda s: print(s, end=""), "flush": lambda s: print(s, end="", flush=True),
+       "bytes": lambda s: sys.stdout.buffer.write(s.encode()),
+       "pieces": lambda s: [(sys.stdout.buffer.write(s.encode()[i:i + 999]), sys.stdout.flush())
+                            for i in range(0, len(s.encode()), 999)]}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("text", BAD, ids=lambda s: s[:30])
+def test_what_has_no_header_block_gives_500(text, how, caplog):
+    res = run(lambda: HOW[how](text))
+    assert (bytes(res.stdout), bytes(res.stderr).decode(), res.app_status) == (ERROR, BAD[text] + "\n", 0)
+    assert caplog.messages == [BAD[text].replace(":", ", sent 500:", 1) + REQUEST_OF]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("more", ["more", "\n\n", "A: b\n\n", "x" * 200_000], ids=lambda s: s[:9])
+def test_what_follows_is_dropped(more, how, caplog):
+    def program():
+        print("hello\n", flush=True)
+        HOW[how](more)
+    assert bytes(run(program).stdout) == ERROR and len(caplog.messages) == 1
+
+
+GOOD = ["\n", "\r\n", "Status: 204 No Content\n\n", "Content-Type:text/html\r\n\n", "X-Y_z.1:\n\n", "Location: /a\n\n",
+        "Status: 404\r\n" + "Set-Cookie: a=b\r\n" * 50 + "\r\n", "A: " + "grüße" * 9000 + "\r\nB: c\n\r\n"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("size", [0, 99, 200_000])
+@pytest.mark.parametrize("head", GOOD, ids=lambda s: s[:30])
+def test_what_has_one_leaves_as_it_is(head, size, how, caplog):
+    res = run(lambda: HOW[how](head + "\n" * size))
+    assert (bytes(res.stdout), bytes(res.stderr)) == ((head + "\n" * size).encode(), b"") and not caplog.messages
+
+
+@pytest.mark.parametrize("role", [RESPONDER, AUTHORIZER, FILTER])
+def test_a_role_has_no_other_answers(role):
+    handler = cgi(lambda: print("Content-Type: text/plain\n\nok" if sys.stdin.read() else "allowed"))
+    assert bytes(ask(handler, request(role=role))[0].stdout) == ERROR
+    if role != AUTHORIZER: assert ask(handler, request(b"x", role=role))[0].stdout.endswith(b"ok\n")
+
+
+def test_nothing_printed(caplog):
+    res = run(lambda: None)
+    assert (bytes(res.stdout), bytes(res.stderr)) == (ERROR, b"nothing was written\n")
+    assert caplog.messages == ["nothing was written, sent 500" + REQUEST_OF]
+
+
+def test_an_exit_status_goes_with_the_500():
+    def program():
+        print("hello")
+        sys.exit(3)
+    res = run(program)
+    assert (bytes(res.stdout), res.app_status) == (ERROR, 3)
+
+
+def test_an_exception_counts_before_a_head_that_is_none(caplog):
+    def program():
+        print("hello")
+        raise ValueError("secret")
+    res = run(program)
+    assert bytes(res.stdout) == ERROR and b"header block" not in res.stderr and "header block" not in caplog.text
+
+
+def test_the_next_request_of_a_kept_connection_is_another():
+    handler = cgi(lambda: print(HEAD * bool(sys.stdin.read()), "ok", sep="", end="", flush=True))
+    res = ask(handler, *(request(b"x" * (i % 2), i, keep=True) for i in (1, 2, 3)), eof=True)
+    assert [bytes(x.stdout) for x in res] == [HEAD.encode() + b"ok", ERROR, HEAD.encode() + b"ok"]
+
+
+def test_it_is_told_where_it_is_to_be_told():
+    def program(): print("hello")
+    res, = ask(cgi(program, show_errors=True), request())
+    assert b"begins with b'hello'; print 'Content-Type" in res.body and not res.stderr
+    res, = ask(cgi(program, stderr="log"), request())
+    assert bytes(res.stdout) == ERROR and not res.stderr
+    res, = ask(cgi(program, show_errors=True), request(REQUEST_METHOD="HEAD"))
+    assert res.headers["status"].startswith("500") and res.body.strip() == b""
+
+
+def test_nobody_who_has_left_is_told(caplog):
+    def program():
+        with pytest.raises(ConnectionResetError): sys.stdin.read()
+        print("hello", flush=True)
+        print("x" * 200_000)
+        done.set()
+    done = threading.Event()
+    with handling(cgi(program)) as sock: sock.sendall(request()[:-8])
+    assert done.wait(DEADLINE) and not caplog.messages
+
+
+def test_what_no_web_server_asks_for_stays_as_it_is(caplog):
+    res, = ask(cgi(lambda: print("hello", end="", flush=True)), begin(), params({"A": "b"}), rec(STDIN))
+    assert bytes(res.stdout) == b"hello" and not caplog.messages
+
+
+def test_a_child_that_returns_is_not_taken_for_an_answer(caplog):
+    def program():
+        if not os.fork(): return
+        os.wait()
+        print(HEAD, "ok", sep="", end="")
+    assert run(program).body == b"ok" and not caplog.messages
+
+
 # Where it is imported
 
 def plain():
@@ -395,9 +516,35 @@ def test_runs_as_a_server_of_its_own(script, locale):
     assert app.stop() == 0 and not os.path.exists(app.address) and "Traceback" not in app.said()
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 0), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
 def test_stops(script, signum, status):
-    assert script().stop(signum) == status
+    app = script(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    assert app.stop(signum) == status and not os.path.exists(app.address)
+    assert ("SIGHUP stops a server without workers" in app.said()) == (signum == signal.SIGHUP)
+
+
+def test_a_hang_up_lets_the_running_request_end(script):
+    app = script(PAGE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    with connect(app.address) as sock:
+        sock.sendall(begin() + params({"QUERY_STRING": "pid"}))
+        assert int(split(sock.recv(999))[0][0].content) == app.pid  # it runs
+        app.send_signal(signal.SIGHUP)
+        wait_until(lambda: not os.path.exists(app.address), "it stops")
+        answers(rec(STDOUT, b"x") + converse(sock, rec(STDIN)))
+    assert app.ended() == 0 and app.said().count("SIGHUP stops a server without workers") == 1
+
+
+def test_a_hang_up_under_nohup_is_nothing(script):
+    app = script(shell="trap '' HUP; exec \"$@\"")
+    app.send_signal(signal.SIGHUP)
+    assert answer(app).stdout == ANSWER and app.stop() == 0 and "SIGHUP" not in app.said()
+
+
+def test_a_hang_up_is_the_programs_own_affair(script):
+    app = script("import signal\nsignal.signal(signal.SIGHUP, lambda *_: print('mine', flush=True))\n" + PUBLISHED)
+    app.send_signal(signal.SIGHUP)
+    wait_until(lambda: "mine" in app.said(), "its handler")
+    assert answer(app).stdout == ANSWER and app.stop() == 0
 
 
 @contextmanager

@@ -183,6 +183,21 @@ def test_requests_in_threads_are_all_counted(board):
     assert (row.counts.requests, row.counts.bytes, row.running, row.state) == (8000, 8000 * 23, 0, "idle")
 
 
+def test_requests_in_forked_processes_are_all_counted(board):
+    slot, _ = worker(board, forks=True, slow=1000, on_end=lambda *_: told.append(1))
+    told, pids = [], []
+    for _ in range(4):
+        pids.append(os.fork())
+        if pids[-1]: continue
+        try:
+            for _ in range(200): (slot.begin(o := Handler(b"Status: 500 Oh\r\n\r\n")), slot.end(o))
+        finally: os._exit(len(told) != 200)
+    assert [os.waitpid(o, 0)[1] for o in pids] == [0] * 4
+    row, = board.rows()
+    assert (row.counts.requests, row.counts.failed, row.counts.bytes) == (800, 800, 800 * 18) and row.counts.seconds > 0
+    assert (row.running, row.state) == (0, "idle")
+
+
 # What outlives a worker
 
 def test_counters_survive_the_worker(board, clock):
