@@ -28,7 +28,7 @@ from .errors import FcgiError
 from .handler import FcgiHandler
 from .prefork import PreForkMixIn
 from .privileges import is_root
-from .sockets import Address
+from .sockets import Address, parse_address
 
 __all__ = ("App", "AppError", "AppServer", "address_of", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
            "missing", "no_threads", "serve", "server_for")
@@ -40,6 +40,7 @@ KINDS = {"wsgi": "wsgi", "asgi": "asgi", "handler": "handler", "cgi": "cgi funct
          "async handler": "async handler", "script": "script", "program": "program", "cgi-bin": "cgi-bin"}
 CALLED = {0: "cgi function", 2: "wsgi", 3: "asgi"}  # by the number of arguments
 USUAL = "application", "app"  # names of applications
+HTTP = {"http.server", "socketserver", "wsgiref.simple_server", "xmlrpc.server"}  # whose servers speak no FastCGI
 
 
 class AppError(FcgiError):
@@ -59,6 +60,7 @@ class App(NamedTuple):
     kind: str
     handler: type[Any]
     options: Mapping[str, Any] = {}  # of the server, as its `@fastcgi` has them
+    address: Any = None  # the one of its `@fastcgi`
 
     def __str__(self) -> str: return f"{self.name} ({WORDS.get(self.kind, self.kind)})"
 
@@ -144,7 +146,8 @@ def _adapted(obj: Any, name: str, kind: str | None, options: dict[str, Any]) -> 
     mount = options.pop("script_name", None) if what in ("wsgi", "asgi") else None
     if what in ("wsgi", "asgi"): return App(name, what, _gateway(obj, name, what, mount))
     if what != "cgi function": return App(name, what, obj)
-    if _decorated(obj): return App(name, what, obj.args[1], {k: v for k, v in vars(obj.func).items() if k[:1] != "_"})
+    if _decorated(obj):
+        return App(name, what, obj.args[1], {k: v for k, v in vars(obj.func).items() if k[:1] != "_"}, obj.args[0])
     from .cgi import CGIHandler
     return App(name, what, type(getattr(obj, "__name__", "CGI"), (CGIHandler,), {"program": staticmethod(obj)}))
 
@@ -176,6 +179,7 @@ def _with(app: App, options: dict[str, Any]) -> App:
 def _at(path: str, kind: str | None) -> App:
     "What is at a path."
     if os.path.isdir(path):
+        if why := _no_cgi_bin(path, kind): raise AppError(why)
         from .cgibin import CGIBinHandler
         return App(path, "cgi-bin", CGIBinHandler.of(path))
     if not os.path.exists(path): raise AppError(missing(path))
@@ -186,8 +190,31 @@ def _at(path: str, kind: str | None) -> App:
         from .scripts import ScriptHandler
         return App(path, "script", ScriptHandler.of(path))
     if not runs: raise AppError(f"{path} is not executable: chmod +x it, or say --kind script if it is Python")
-    from .programs import ProgramHandler
+    from .programs import CRLF, ProgramHandler, ends_in_cr
+    if ends_in_cr(path): raise AppError(f"cannot start {path}: {CRLF}")
     return App(path, "program", ProgramHandler.of(path))
+
+
+def _no_cgi_bin(path: str, kind: str | None) -> str:
+    "Why a directory is not served as one of CGI programs, where that was not asked for; empty if it is."
+    if kind == "cgi-bin": return ""
+    if kind: return f"{path} is a directory: give the path of a file"
+    if os.path.basename(os.path.realpath(path)) == "cgi-bin": return ""
+    try:
+        with os.scandir(path) as found:
+            if any(o.name[:1] != "." and o.is_file() and os.access(o.path, os.X_OK) for o in found): return ""
+    except OSError as e: return f"cannot read {path}: {e.strerror}"
+    return (f"{path} is a directory with nothing executable in it, so none of CGI programs: chmod +x them, or say "
+            "--kind cgi-bin; an application is FILE.py or module:app")
+
+
+def hiding(target: str) -> str:
+    "Why `import fastcgi` would find something else, beside this application or here; empty where it does not."
+    where = target.partition(":")[0]
+    for folder in (os.path.dirname(where) if os.path.exists(where) else "", ""):
+        path = os.path.join(folder, "fastcgi.py")
+        if os.path.isfile(path): return f"{path} hides the package fastcgi: give your file another name"
+    return ""
 
 
 def missing(path: str) -> str:
@@ -207,7 +234,8 @@ def missing(path: str) -> str:
 def is_program_of_ours(path: str) -> bool:
     """Whether a Python file makes a handler or an `@fastcgi` function, and is no CGI script; without running it.
 
-    Raises `AppError` for one that is a WSGI or ASGI application and nothing else, and for one that is no Python.
+    Raises `AppError` for one that is a WSGI or ASGI application and nothing else, for one that serves by itself and
+    not over FastCGI, and for one that is no Python.
     """
     import ast
     try:
@@ -226,6 +254,13 @@ def is_program_of_ours(path: str) -> bool:
     bound |= {t.id for o in tree.body if isinstance(o, ast.Assign) for t in o.targets if isinstance(t, ast.Name)}
     attributes = {o.attr for o in ast.walk(tree) if isinstance(o, ast.Attribute)}
     name = next((o for o in USUAL if o in bound), "")
+    texts = {o.value for o in ast.walk(tree) if isinstance(o, ast.Constant)}
+    calls = {o.func.attr for o in ast.walk(tree) if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute)}
+    if modules & HTTP and "serve_forever" in calls and not {"GATEWAY_INTERFACE", "REQUEST_METHOD"} & texts and \
+            "CGIHandler" not in names | attributes:
+        raise AppError(f"{path} serves by itself, and no FastCGI: " + (
+            f"its application is {path}:{name}" if name else f"run it with `python {path}`; if that is HTTP, let the "
+            "web server pass HTTP on to it"))
     if name and not names & {"print", "CGIHandler"} and not attributes & {"stdout", "CGIHandler"}:
         raise AppError(f"{path} prints nothing, so it is no CGI script; is it an application? Then say {path}:{name}")
     return False
@@ -261,7 +296,8 @@ def load(
     m = SPEC.fullmatch(spec)
     if not m: raise AppError(f"not an application: {spec!r}; expected module:app, as in hello:app")
     where, name = m["where"], m["name"]
-    module = _import_file(where) if where.endswith(".py") else _import(where)
+    is_file = where.endswith(".py") or not where.isidentifier() and os.path.isfile(where)  # such as app.fcgi
+    module = _import_file(where) if is_file else _import(where)
     obj: Any = module
     for part in name.split("."): obj = _attribute(obj, part, where)
     if not m["call"]: return obj
@@ -361,7 +397,8 @@ class AppServer(PreForkMixIn, TCPServer):
 
 def server_for(
     app: Any,  # as `find` takes it
-    address: Any = None,  # as `listen` takes it; None: the socket this program was started with, or fcgi.sock
+    address: Any = None,  # as `listen` takes it; None: the socket this program was started with, else that of its
+    # `@fastcgi`, else fcgi.sock
     *,
     kind: str | None = None,  # what it is, where that is not seen
     workers: int | None = None,  # processes; 0 serves in this one. Not given: one a processor, or, where a web server
@@ -370,7 +407,7 @@ def server_for(
     **settings: Any,  # attributes of `PreForkMixIn` and of the handler: group="www-data", timeout=30, ...
 ) -> AppServer:
     "A server for an application of any kind. It listens. Raises `AppError`, `AddressError`, `TypeError`."
-    where = address if address is not None else inherited_address() or "fcgi.sock"
+    where = address if address is not None else inherited_address()
     if workers is None and address is None and where == "fd:0": workers = 0
     given = {k: v for k, v in (("workers", workers), ("threads", threads)) if v is not None}
     for_server = given | {k: settings.pop(k) for k in [*settings] if is_option(PreForkMixIn, k)}
@@ -378,6 +415,9 @@ def server_for(
     # root becomes somebody else when it has bound, and only then runs the application's code
     later = is_root() and {"user", "group"} & {*for_server} or not for_server.get("preload", True)
     found = App(app if isinstance(app, str) else type(app).__name__, "not loaded yet", Later) if later else look()
+    if where is None:  # nobody says, but perhaps the application itself
+        where = found.address if found.address is not None else "fcgi.sock"
+        if later: look = partial(_told_where, look, where)
     cls = type("AppServer", (AppServer,), {**found.options, **for_server, "app": found})
     if not later and (why := _cannot(cls)): raise AppError(f"{found} {why}")
     server: AppServer = cls(where, found.handler)
@@ -386,6 +426,15 @@ def server_for(
         elif later: server.adopt(look())
     except BaseException: server.server_close(); raise
     return server
+
+
+def _told_where(look: Callable[[], App], where: Any) -> App:
+    "An application that is loaded when it is too late to serve where it says."
+    app = look()
+    if app.address is not None and str(parse_address(app.address)) != str(parse_address(where)):
+        log.warning("%s is served at %s, not at %s as it says: that takes --bind, as it was loaded after binding", app,
+                    where, app.address)
+    return app
 
 
 class Later(FcgiHandler): "In the place of a handler that is not there yet."
@@ -400,7 +449,7 @@ def serve(app: Any, address: Any = None, **settings: Any) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with server_for(app, address, **settings) as server:
-        log.info("serving %s; Ctrl-C ends it", server)
+        server.on_start = lambda: log.info("serving %s; Ctrl-C ends it", server)
         server.serve_forever()
 
 

@@ -68,6 +68,9 @@ class CGIBinHandler(ScriptHandler):
             except NotHere as e:  # noqa: PERF203
                 if not e.status.startswith("404"): raise
                 first = first or e
+        if first and first.why.startswith("no such program"):  # the web server's path may mean any of several here
+            url = self.environ.get("SCRIPT_NAME", "") + self.environ.get("PATH_INFO", "")
+            raise NotHere(404, f"no such program below {self.root}: {url!a}")
         raise first or NotHere(404, f"outside of {self.prefix}")
 
     def _paths(self) -> Iterator[str]:

@@ -66,6 +66,7 @@ def serve(
     if "target" not in given: raise Mistake(f"what shall be served? Give a TARGET, such as module:app{_eaten(given)}")
     from .launch import Plan
     plan = Plan(given)
+    _look_at(plan.target)
     if check: return _print(f"fastcgi serve: {plan.check()}")
     plan.serve()
     return 0
@@ -283,9 +284,9 @@ def _eaten(given: dict[str, Given]) -> str:
 
 
 def _look_at(target: str) -> None:
-    "What is not there need not be started."
-    from .apps import AppError, missing
-    if not os.path.exists(target) and (why := missing(target)): raise AppError(why)
+    "What is not there need not be started, nor what stands in our way."
+    from .apps import AppError, hiding, missing
+    if why := hiding(target) or not os.path.exists(target) and missing(target): raise AppError(why)
 
 
 def _help(*args: str) -> int:
@@ -352,6 +353,8 @@ def _told(address: str) -> Iterator[None]:
             raise Mistake(f"{e}: an answer begins with header lines and an empty line; -v shows what came") from e
         raise Mistake(f"{e}: is it FastCGI that {address} speaks? If it is HTTP, use curl") from e
     except OSError as e:
+        if address.endswith(".py") or os.path.isfile(address):
+            raise Mistake(f"{address} is a file: fastcgi dev {address}, or give the address it serves at") from e
         why = {errno.ENOENT: f"no socket at {address}: {start}", errno.ENOTSOCK: f"{address} is no socket: {start}",
                errno.ECONNREFUSED: f"nobody listens at {address}: {start}",
                errno.EACCES: f"not allowed to connect to {address}: run this as its owner, or as one of its group"}

@@ -318,6 +318,9 @@ def config(
 ) -> int:
     "Print a configuration for a web server that works as printed."
     site = Site(target, parse_address(bind), domain, mount, program=_program(), user=user)
+    path = target if ":" not in target else target.partition(":")[0]
+    if not os.path.exists(path) and (path == target or path.endswith(".py")):
+        sys.stderr.write(f"fastcgi config: no such file: {path}; the configuration is printed all the same\n")
     if not output:
         sys.stdout.write(render(server, site))
         return 0

@@ -70,10 +70,10 @@ def is_option(
     return name[:1] != "_" and name not in NO_OPTIONS and hasattr(cls, name) and not callable(getattr(cls, name))
 
 
-def unknown_options(message: str, unknown: Iterable[str], *classes: type) -> str:
+def unknown_options(message: str, unknown: Iterable[str], *classes: type, also: Iterable[str] = ()) -> str:
     "The message for options that are none, with those that are like them."
     from .settings import near
-    names = [o for cls in classes for o in (*dir(cls), "stderr") if is_option(cls, o)]
+    names = [*also] + [o for cls in classes for o in (*dir(cls), "stderr") if is_option(cls, o)]
     return f"{message} {', '.join(unknown)}{near(next(iter(unknown)), dict.fromkeys(names))}"
 
 

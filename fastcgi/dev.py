@@ -273,6 +273,7 @@ def _serve(target: Any, serves: Callable[[], None], kind: str | None, settings: 
     from .apps import find, no_threads, server_for
     logging.basicConfig(format="%(name)s: %(message)s")
     alone = {o: settings.pop(o) for o in ("script_name", "isolate") if o in settings}
+    if isinstance(target, str) and os.path.isdir(target): kind = kind or "cgi-bin"  # programs may come, or their mode
     app = find(target, kind, **alone)
     threads = {} if no_threads(app.handler) else {"threads": THREADS}
     with server_for(app, "fd:0", **{"workers": 0, "graceful_timeout": GRACE, **threads, **settings}) as server:

@@ -12,7 +12,7 @@ import pwd
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import NamedTuple
@@ -50,7 +50,7 @@ def examine(
         found = _look(a.path)
         yield found
         if not found.good: return
-        yield from _permissions(a.path, list(users) or web_server_users())
+        yield from _permissions(a.path, list(users), web_server_users)
     found = _connect(client)
     yield found
     if not found.good: return
@@ -90,11 +90,16 @@ def _look(path: str) -> Finding:
     except NotADirectoryError as e: return Finding(False, f"{path}: {e.strerror}; give the path of the socket")
     if not stat.S_ISSOCK(st.st_mode):
         kind = KINDS.get(stat.S_IFMT(st.st_mode), "no socket")
+        if path.endswith(".py"):
+            return Finding(False, f"{path} is {kind}, not a socket: give the address it serves at; fastcgi dev {path} "
+                                  "shows it in a browser")
         return Finding(False, f"{path} is {kind}, not a socket: give the web server and the application another path")
     return Finding(True, f"{path} is a socket of {_user(st.st_uid)}:{_group(st.st_gid)}, mode {st.st_mode & 0o777:04o}")
 
 
-def _permissions(path: str, users: list[str]) -> Iterator[Finding]:
+def _permissions(path: str, given: list[str], guess: Callable[[], list[str]]) -> Iterator[Finding]:
+    users = given or guess()
+    hint = "; --user NAME looks at one only" if len(users) > 1 and not given else ""
     if not users:
         yield Finding(False, "no account of a web server is known here: say which one it runs as with --user NAME")
     for user in users:
@@ -103,7 +108,8 @@ def _permissions(path: str, users: list[str]) -> Iterator[Finding]:
             yield Finding(False, f"no such user: {user}; give the one that the web server runs as")
             continue
         groups = set(os.getgrouplist(user, entry.pw_gid))
-        yield _may_connect(path, user, entry.pw_uid, groups)
+        found = _may_connect(path, user, entry.pw_uid, groups)
+        yield found if found.good else Finding(False, found.text + hint)
 
 
 def _may_connect(path: str, user: str, uid: int, groups: set[int]) -> Finding:

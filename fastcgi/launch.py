@@ -51,9 +51,8 @@ class Plan:
         self.address = self._address()
 
     def _address(self) -> Any:
-        "Where to serve: as we are told, else at the socket that somebody has started us with, else at fcgi.sock."
-        if "bind" in self.given: return self.command["bind"]
-        return inherited_address() or self.command["bind"]
+        "Where to serve: as we are told, else at the socket that somebody has started us with, else None: see `apps`."
+        return self.command["bind"] if "bind" in self.given else inherited_address()
 
     def find(self) -> App:
         "The application, with the settings that are for its handler."
@@ -61,7 +60,8 @@ class Plan:
 
     def check(self) -> str:
         "Look whether it could be served, without doing so; what would be, in a line."
-        app, address = self.find(), parse_address(self.address)
+        app = self.find()
+        address = parse_address(next(o for o in (self.address, app.address, self.command["bind"]) if o is not None))
         folder = os.path.dirname(address.path) or "."
         if address.kind == "unix" and not os.path.isdir(folder):
             raise LaunchError(f"no such directory: {folder}; create it first")

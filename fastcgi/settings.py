@@ -177,6 +177,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("access_log", LOG, None, "a line for each request; without FILE to standard output", "command"),
         Setting("access_format", _one_of("combined", "common", "json", metavar="FORM"), "combined",
                 "combined, common or json"),
+        Setting("access_query", FLAG, True, "log queries, where links may hold a secret"),
         Setting("slow_log", SECONDS, None, "log where a request is that takes longer than S seconds"),
         Setting("status", PAGE, None, "path at which the state of all workers is shown", attribute="status_path"),
         Setting("status_listen", ADDRESS, None, "an address of its own for it, which answers when all are busy"),
@@ -241,7 +242,9 @@ def from_toml(
     found = {}
     for key, value in data.items():
         name, source = key.replace("-", "_"), f"{file}: {key}"
-        if name not in SETTINGS: raise SettingError(f"{source}: no such setting{near(name, SETTINGS)}")
+        if name not in SETTINGS:
+            table = f"; [{key}] is a table, and settings stand in none" if isinstance(value, dict) else ""
+            raise SettingError(f"{source}: no such setting{table or near(name, SETTINGS)}")
         found[name] = read(SETTINGS[name], value, source, typed=True)
     return found
 
@@ -252,11 +255,28 @@ def _toml_reader() -> Any:
     return None
 
 
+ELSEWHERE = {  # what a setting is called by flup, php-fpm, uWSGI and gunicorn, in letters alone
+    "maxthreads": "threads", "maxchildren": "workers", "maxspare": "workers", "pmmaxchildren": "workers",
+    "processes": "workers", "children": "workers", "bindaddress": "bind", "address": "bind", "listen": "bind",
+    "socket": "bind", "port": "bind", "host": "bind", "umask": "mode", "chmodsocket": "mode", "listenmode": "mode",
+    "uid": "user", "gid": "group", "harakiri": "request_timeout", "requestterminatetimeout": "request_timeout",
+    "requestslowlogtimeout": "slow_log", "pmstatuspath": "status", "pingpath": "ping", "workerconnections":
+    "max_connections", "errorlog": "log", "pidfile": "pid", "daemonize": "pid"}
+
+
 def near(name: str, names: Iterable[str], form: Callable[[str], str] = str) -> str:
     "'; did you mean ...?', or nothing where no name is like it."
     from difflib import get_close_matches
-    found = get_close_matches(name, [*names], 2, .7)
+    names = [*names]
+    plain = {_letters(o): o for o in names}
+    plain = {k: plain[_letters(o)] for k, o in ELSEWHERE.items() if _letters(o) in plain} | plain
+    word = _letters(name)
+    found = [plain[word]] if word in plain else get_close_matches(name, names, 2, .7) or [
+        plain[o] for o in get_close_matches(word, plain, 1, .8)]
     return f"; did you mean {' or '.join(map(form, found))}?" if found else ""
+
+
+def _letters(name: str) -> str: return re.sub(r"[\W_]", "", name).lower()
 
 
 def shown(given: Mapping[str, Given]) -> list[str]:

@@ -39,7 +39,9 @@ LISTEN_FDS_START = 3  # sd_listen_fds(3)
 FAMILIES = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}
 LOOPBACK = "127.0.0.1"
 FD_HINT = "start me from a web server or give an address"
-TCP = re.compile(r"(?:\[([^\[\]\s]+)\]|([^\[\]:\s]*)):([0-9]{1,5})")
+TCP = re.compile(r"(?:\[([^\[\]\s]+)\]|([^\[\]:\s]*)):([0-9]{1,99})")
+URL = re.compile(r"(https?|fcgi|tcp)://", re.I)
+HOST = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}|localhost")  # what nobody would call a socket file
 
 log = logging.getLogger("fastcgi.server")
 
@@ -108,14 +110,19 @@ def _parse_str(s: str) -> Address:
     kind, colon, rest = s.partition(":")
     if not s: raise AddressError("bad address '': it is empty; give a path or host:port")
     if kind == "unix" and colon: return _unix(rest)
+    if URL.match(s): raise AddressError(f"bad address {s!r}: that is a URL; give the address at which the application "
+                                        "listens, host:port or a socket's path (through a web server, ask with curl)")
     if "/" in s: return _unix(s)
     if kind == "systemd": return Address("systemd", name=rest)
     if kind == "fd" and colon:
         if not re.fullmatch("[0-9]{1,9}", rest): raise AddressError(f"bad address {s!r}: after fd: comes a number")
         return _fd(int(rest))
     if s.isdigit(): raise AddressError(f"bad address {s!r}: write ':{s}' for a port, './{s}' for a path")
+    if HOST.fullmatch(s): raise AddressError(f"no port in {s!r}: {s}:9000 would be TCP, ./{s} a socket file")
     if not colon and not s.startswith("["): return _unix(s)
-    if m := TCP.fullmatch(s): return _tcp(m[1] or m[2], int(m[3]))
+    if m := TCP.fullmatch(s):
+        if int(m[3]) > 65535: raise AddressError(f"bad address {s!r}: the port must be a number of 0 to 65535")
+        return _tcp(m[1] or m[2], int(m[3]))
     if s.count(":") > 1 and "[" not in s:
         raise AddressError(f"bad address {s!r}: an IPv6 address goes in brackets, as in [::1]:1234")
     raise AddressError(f"bad address {s!r}: expected host:port, a port being 0 to 65535; a path begins 'unix:' or './'")
@@ -275,7 +282,8 @@ def _locked(folder: str, name: str, parent: int) -> Iterator[None]:
     """
     path, deadline = os.path.join(folder, name), time.monotonic() + LOCK_WAIT
     while (fd := _lock(path, name, parent)) is None:
-        if time.monotonic() > deadline: raise AddressError(f"another server is starting: {path} is locked; try again")
+        if time.monotonic() > deadline:
+            raise AddressError(f"another server is starting at {_served(path)}, and does not come to an end; try again")
         time.sleep(0.01)
     try: yield
     finally:
@@ -287,9 +295,11 @@ def _lock(path: str, name: str, parent: int) -> int | None:
     "One try to make and lock the file; None if somebody else has it."
     try: fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=parent)
     except PermissionError as e:
-        raise AddressError(f"not allowed to write {path}: choose another directory or start as its owner",
-                           e.errno) from e
-    except OSError as e: raise AddressError(f"cannot make the lock {path}: {e.strerror}", e.errno) from e
+        raise AddressError(f"not allowed to make a socket in {_in(path)}: choose another one or start as its "
+                           "owner", e.errno) from e
+    except OSError as e:
+        if e.errno in (errno.EISDIR, errno.ELOOP): raise AddressError(f"{path} is in the way: remove it") from e
+        raise AddressError(f"cannot make a socket in {_in(path)}: {e.strerror}", e.errno) from e
     try:
         st = os.fstat(fd)
         if not stat.S_ISREG(st.st_mode) or st.st_size or st.st_uid != os.geteuid():
@@ -298,6 +308,21 @@ def _lock(path: str, name: str, parent: int) -> int | None:
     except BaseException: os.close(fd); raise
     os.close(fd)
     return None
+
+
+def _in(path: str) -> str: return os.path.dirname(path) or "the current directory"
+
+
+def _served(path: str) -> str:
+    "The socket that a lock file is for."
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name[1:].removesuffix(".lock"))
+
+
+def _name(number: int, look_up: Callable[[int], str]) -> str:
+    "Of a user or a group, where it has one."
+    with suppress(KeyError): return look_up(number)
+    return str(number)
 
 
 def _flock(fd: int) -> bool:
@@ -365,8 +390,10 @@ def _let_in(sock: UnixListener, path: str, name: str, parent: int, uid: int, gid
         sock.file, sock.identity, sock.pid = os.path.abspath(path), _identity(st), os.getpid()
         try: os.chown(name, uid, gid, **how)
         except PermissionError as e:
-            whose = f"user {uid}" if uid != -1 else f"group {gid}"
-            raise AddressError(f"not allowed to give {path} to {whose}: start as root or as a member", e.errno) from e
+            user, group = _name(uid, lambda o: pwd.getpwuid(o).pw_name), _name(gid, lambda o: grp.getgrgid(o).gr_name)
+            raise AddressError(f"not allowed to give {path} to " + (
+                f"user {user}: start as root" if uid not in (-1, os.geteuid()) else
+                f"group {group}: start as root or as a member of it"), e.errno) from e
         os.chmod(name, mode, **how)
     finally:
         if PINS: os.close(pin)

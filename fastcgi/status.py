@@ -220,7 +220,7 @@ def _html(s: Snapshot, full: bool) -> str:
         lines = "".join(f"<tr class={o['state']}>{''.join(_cell(k, v) for k, v in o.items())}</tr>\n" for o in rows)
         table = f"<table>\n<tr>{names}</tr>\n{lines}</table>\n"
     else: table = ""
-    title = html.escape(f"{s.pool}: {s.active} of {len(s.workers)} workers busy")
+    title = html.escape(f"{s.pool}: {s.active} of {len(s.workers)} worker{'s' * (len(s.workers) != 1)} busy")
     return (f'<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta http-equiv=refresh content={REFRESH}>\n'
             f"<title>{title}</title>\n<style>{_STYLE}</style>\n<h1>{html.escape(s.pool)}</h1>\n"
             f"<table>\n{head}</table>\n{table}</html>\n")

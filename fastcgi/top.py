@@ -126,7 +126,8 @@ def frame(
     speed = f"   {rate('requests'):.1f}/s   {_bytes(rate('sent bytes'))}/s" if last else ""
     lines = [
         f"{paint(_clean(now.get('pool')), BOLD)}   up {_time(_num(now, 'start since'))}   "
-        f"{active:.0f} of {total:.0f} workers busy (at most {_num(now, 'max active processes'):.0f})   "
+        f"{active:.0f} of {total:.0f} worker{'s' * (total != 1)} busy "
+        f"(at most {_num(now, 'max active processes'):.0f})   "
         f"{paint(waits, RED) if queue else waits}   parked {_num(now, 'parked conn'):.0f}",
         f"requests {done:.0f}{speed}   mean {_time(seconds / done if done else 0)}   "
         f"{paint(f'failed {failed:.0f}', RED) if failed else 'failed 0'}   "
@@ -191,30 +192,50 @@ def _cut(line: str, width: int) -> str:
 def _screen() -> Iterator[Any]:
     """The terminal, given back as it was. Yields what waits so many seconds, and is False when we are to end.
 
-    A key needs a standard input that is a terminal; Ctrl-C and SIGTERM do without.
+    A key needs a standard input that is a terminal; Ctrl-C and SIGTERM do without. While Ctrl-Z has stopped us the
+    terminal is as it was, too.
     """
     import termios
     import tty
     fd = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else -1
     before = termios.tcgetattr(fd) if fd >= 0 else None
+    resumed, tell = os.pipe()
 
     def wait(seconds: float) -> bool:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if fd < 0: time.sleep(left)
-            elif select.select([fd], [], [], left)[0]:
+            found = select.select([resumed, *[fd] * (fd >= 0)], [], [], left)[0]
+            if resumed in found: return bool(os.read(resumed, 64))
+            if fd in found:
                 if (key := os.read(fd, 64)) in (b"", b"\x04") or key[:1] in b"qQ": return False
                 return True  # any other key: look now
         return True
 
-    def end(signum: int, frame: object) -> None: raise SystemExit(128 + signum)
-
-    old = {o: signal.signal(o, end) for o in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    def take() -> None:
         if before: tty.setcbreak(fd)
         _write(OPEN)
-        with suppress(KeyboardInterrupt): yield wait
-    finally:
+
+    def give_back() -> None:
         _write(SHUT)
         if before: termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+    def end(signum: int, frame: object) -> None: raise SystemExit(128 + signum)
+
+    def stop(signum: int, frame: object) -> None:
+        give_back()
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)  # here we stand until SIGCONT
+        signal.signal(signum, stop)
+        take()
+        os.write(tell, b"1")
+
+    old = {o: signal.signal(o, end) for o in (signal.SIGTERM, signal.SIGHUP)}
+    if (suspend := signal.getsignal(signal.SIGTSTP)) == signal.SIG_DFL: signal.signal(signal.SIGTSTP, stop)
+    try:
+        take()
+        with suppress(KeyboardInterrupt): yield wait
+    finally:
+        signal.signal(signal.SIGTSTP, suspend)
+        give_back()
         for o, handler in old.items(): signal.signal(o, handler)
+        for end_of_pipe in (resumed, tell): os.close(end_of_pipe)

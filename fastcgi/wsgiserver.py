@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from inspect import signature
 from socketserver import TCPServer
 from typing import Any
 from wsgiref.handlers import CGIHandler as PlainCGI
@@ -90,7 +91,8 @@ class WSGIServer:
         if maxSpare < minSpare: raise ValueError(f"maxSpare={maxSpare} cannot be: it is less than minSpare={minSpare}")
         for_server = {k: settings.pop(k) for k in [*settings] if is_option(PreForkMixIn, k)}
         if unknown := [o for o in settings if not is_option(_Handler, o)]:
-            raise TypeError(unknown_options("WSGIServer has no argument", unknown, PreForkMixIn, _Handler))
+            also = signature(WSGIServer).parameters
+            raise TypeError(unknown_options("WSGIServer has no argument", unknown, PreForkMixIn, _Handler, also=also))
         if maxChildren is not None: for_server.setdefault("workers", maxChildren)
         elif maxRequests or timeout: for_server.setdefault("workers", 1)
         if multithreaded: for_server.setdefault("threads", maxThreads or MOST_THREADS)

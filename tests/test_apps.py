@@ -182,6 +182,7 @@ def test_a_file_that_has_a_handler(here, text, name, kind):
     here("app.py", text)
     found = find("app.py")
     assert (found.name, found.kind, found.handler.__module__ != "fastcgi.handler") == (f"app.py:{name}", kind, True)
+    assert found.address == ("/none/such/s" if kind == "cgi function" else None)
     if kind == "cgi function": assert found.options["workers"] == 3 and found.handler.timeout == 7
 
 
@@ -199,6 +200,31 @@ def test_a_program_and_a_directory(here):
     assert find("bin/prog").kind == "program"
     here("script.py", CGI_SCRIPT).chmod(0o755)
     assert find("script.py").kind == "script" and find("script.py", "program").kind == "program"
+    assert find("bin").kind == "cgi-bin"
+    for o in "cgi-bin", "folder": Path(o).mkdir()
+    assert find("cgi-bin").kind == "cgi-bin" and find("folder", "cgi-bin").kind == "cgi-bin"
+
+
+HTTP = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+print("at http://localhost:8000/")
+if __name__ == "__main__": HTTPServer(("", 8000), BaseHTTPRequestHandler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    (HTTP, "run it with `python app.py`; if that is HTTP, let the web server pass HTTP on to it"),
+    ("from wsgiref.simple_server import make_server\ndef app(e, s): print(e)\nmake_server('', 80, app).serve_forever()",
+     "its application is app.py:app"),
+    (HTTP + "import os\nif 'GATEWAY_INTERFACE' in os.environ: print()", ""),
+    (HTTP + "from wsgiref.handlers import CGIHandler", "run it with `python"),
+    (HTTP + "from wsgiref.handlers import CGIHandler\nCGIHandler().run(lambda e, s: [])", "")])
+def test_a_file_that_serves_http_by_itself(here, text, says):
+    here("app.py", text)
+    if not says: assert find("app.py").kind == "script"; return
+    with pytest.raises(AppError) as e: find("app.py")
+    assert str(e.value) == f"app.py serves by itself, and no FastCGI: {says}" or says.endswith("python")
+    assert find("app.py", "script").kind == "script"
 
 
 @pytest.mark.parametrize(("target", "kind", "says"), [
@@ -212,9 +238,17 @@ def test_a_program_and_a_directory(here):
     ("app.py:application", "script", "app.py:application is no script: give the path of a file"),
     ("empty.py", "wsgi", "empty.py serves nothing: it has no @fastcgi function, no class that inherits from"),
     ("syntax.py", None, "cannot read syntax.py: SyntaxError: "),
+    ("folder", None, "folder is a directory with nothing executable in it, so none of CGI programs: chmod +x them, or "
+                     "say --kind cgi-bin; an application is"),
+    ("folder", "wsgi", "folder is a directory: give the path of a file"),
+    ("windows", None, "cannot start windows: its first line ends in CR LF: save it with Unix line ends"),
+    ("app.fcgi:app", None, "no app in app.fcgi; did you mean application?"),
     ("app.py", "php", "no such kind: php; there are wsgi, asgi, handler, cgi, script, program, cgi-bin")])
 def test_what_cannot_be_found(here, target, kind, says):
     here("app.py", "def application(environ, start_response): return []")
+    here("app.fcgi", "def application(environ, start_response): return []")
+    here("windows", "#!/bin/sh\r\n").chmod(0o755)
+    here("folder/text.txt")
     here("text.txt")
     here("empty.py")
     here("syntax.py", "def x(:")

@@ -73,6 +73,11 @@ def test_a_directory_that_has_another_name_in_urls(root):
     assert status(root, SCRIPT_NAME="/programs", PATH_INFO="/out", SCRIPT_FILENAME=f"{root}/programs") == "403"
 
 
+def test_the_log_has_the_place_and_the_url_of_what_is_not_there(root, caplog):
+    status(root, SCRIPT_NAME="/app", PATH_INFO="/nothing", SCRIPT_FILENAME=f"{root}/app")  # `fastcgi dev --mount`
+    assert f"no such program below {root}: '/app/nothing', sent 404" in caplog.text
+
+
 def test_variables_without_more_of_a_path(root):
     assert seen(root, SCRIPT_NAME="/cgi-bin/show", PATH_TRANSLATED="/x") == dict(
         SCRIPT_NAME="/cgi-bin/show", PATH_INFO="none", SCRIPT_FILENAME="ROOT/show", PATH_TRANSLATED="none")

@@ -76,8 +76,14 @@ COMMON = "; see fastcgi call --help"
     (("call", "s", "--req", "x"), 2, f"fastcgi call: unrecognized arguments: --req x.*{COMMON}"),
     (("call", "/none/s"), 2, "fastcgi call: no socket at /none/s: start the application, or give the address at which "
                              "it listens"),
-    (("call", "f"), 2, "fastcgi call: nobody listens at f: start the application, or give .*"),
+    (("call", "f"), 2, "fastcgi call: f is a file: fastcgi dev f, or give the address it serves at"),
+    (("call", "none.py"), 2, "fastcgi call: none.py is a file: fastcgi dev none.py, or give the address it serves at"),
+    (("call", "http://localhost/"), 2, "fastcgi call: bad address 'http://localhost/': that is a URL; .* with curl."),
+    (("doctor", "http://localhost/"), 1, "fastcgi doctor: bad address 'http://localhost/': that is a URL; .*"),
     (("call", "1:2:3"), 2, "fastcgi call: bad address '1:2:3': an IPv6 address goes in brackets, as in [::1]:1234"),
+    (("dev", "in/fastcgi.py"), 1, "fastcgi dev: in/fastcgi.py hides the package fastcgi: give your file another name"),
+    (("serve", "in/fastcgi.py:app"), 1, "fastcgi serve: in/fastcgi.py hides the package fastcgi: give your .*"),
+    (("serve", "in/app.py"), 1, "fastcgi serve: in/fastcgi.py hides the package fastcgi: give your file another name"),
     (("call", "fd:0"), 2, "fastcgi call: cannot connect to fd:0: give a socket's path or host:port"),
     (("call", "s", "-H", "bad"), 2, "fastcgi call: not a header, as in 'Name: value': 'bad'"),
     (("call", "s", "-p", "bad"), 2, "fastcgi call: not a parameter, as in 'NAME=value': 'bad'"),
@@ -90,6 +96,8 @@ COMMON = "; see fastcgi call --help"
 ])
 def test_a_mistake_is_one_line(args, status, line, tmp_path):
     (tmp_path / "f").touch()
+    (tmp_path / "in").mkdir()
+    for o in "app.py", "fastcgi.py": (tmp_path / "in" / o).touch()
     assert re.fullmatch(line.replace("[::1]", r"\[::1\]"), refused(*args, cwd=tmp_path, status=status))
 
 

@@ -205,6 +205,9 @@ def test_dev_without_reload(dev, short_dir):
     (f"import sys; sys.exit('not today')\n{HANDLER}", "not today"),
     ("def app(environ, start_response): return []\n",
      "page.py prints nothing, so it is no CGI script; is it an application? Then say page.py:app"),
+    ("import http.server\nhttp.server.HTTPServer(('', 0), None).serve_forever()",
+     "page.py serves by itself, and no FastCGI: run it with `python page.py`; if that is HTTP, let the web server pass "
+     "HTTP on to it"),
     (HTTP, "page.py serves no FastCGI: Page is no FcgiHandler. Run it with `python page.py`; if it speaks HTTP, open "
            "its own address"),
 ])
@@ -240,6 +243,14 @@ def test_an_exception_is_shown_to_the_browser_and_once_in_the_terminal(dev, kind
     assert status == 500 and "ZeroDivisionError: division by zero" in page and "page.py" in page
     d.until(r"GET / 500")
     assert d.said.count("ZeroDivisionError") == 1
+
+
+def test_an_answer_without_a_header_block_is_told_to_the_browser_and_in_the_terminal(dev):
+    d = dev(FILES["decorated"].replace("Content-Type: text/plain\\n\\n{text}", "Hello"))
+    status, page = d.get()
+    assert status == 500 and "the answer has no header block: it begins with b'Hello " in page
+    d.until("the answer has no header block, sent 500: ")
+    assert d.said.count("header block") == 1
 
 
 GATED = """

@@ -10,6 +10,8 @@ import pytest
 from frontends.servers import application
 from helpers import DEADLINE
 
+from fastcgi import doctor
+from fastcgi.cgi import CGIHandler
 from fastcgi.doctor import examine, web_server_users
 from fastcgi.handler import FcgiHandler
 
@@ -109,6 +111,15 @@ def test_the_web_server_may_not_connect(short_dir):
         assert all(o.good for o in examine(f"{short_dir}/s", ["nobody"]))
 
 
+def test_of_several_accounts_one_can_be_chosen(short_dir, monkeypatch):
+    monkeypatch.setattr(doctor, "web_server_users", lambda: ["nobody", "daemon"])
+    with application(Fine, str(short_dir / "s")):
+        os.chmod(short_dir / "s", 0o600)
+        wrong = [o.text for o in examine(f"{short_dir}/s") if not o.good]
+        assert len(wrong) == 2 and all(o.endswith("; --user NAME looks at one only") for o in wrong)
+        assert "--user" not in bad(short_dir / "s", "nobody")
+
+
 def test_no_such_user(short_dir):
     with application(Fine, str(short_dir / "s")):
         assert "no such user: nosuchuser" in bad(short_dir / "s", "nosuchuser")
@@ -148,6 +159,14 @@ def test_it_is_something_else(short_dir):
         finally:
             sock.shutdown(socket.SHUT_RDWR)
             thread.join(DEADLINE)
+
+
+def test_the_answer_is_none(short_dir, caplog):
+    page = type("Page", (CGIHandler,), {"program": staticmethod(lambda: print("Hello"))})
+    with application(page, str(short_dir / "s")):
+        assert bad(short_dir / "s", target="/x") == (
+            "/x answers 500: the application failed; its log says why: the answer has no header block: it begins with "
+            "b'Hello'; print 'Content-Type: text/plain' and an empty line first")
 
 
 def test_the_application_fails(short_dir, caplog):

@@ -23,7 +23,7 @@ def make(): return Page
 """
 DECORATED = """
 from fastcgi import *
-@fastcgi("/none/such/s", workers=3, timeout=7)
+@fastcgi(workers=3, timeout=7)
 def page(): print("Content-Type: text/plain\\r\\n\\r\\npage", os.getpid(), 7)
 """
 SCRIPT = 'import os\nprint("Content-Type: text/plain\\r\\n\\r\\nscript", os.getpid(), 60, end="")\n'
@@ -102,6 +102,18 @@ def test_options_of_a_decorated_function_count_unless_others_are_given(here):
     with serving(here, "deco.py", "--workers", "1") as program: assert "with 1 worker;" in program.said()
 
 
+def test_the_address_of_a_decorated_function_counts_unless_another_is_given(here):
+    (here / "deco.py").write_text(DECORATED.replace("(workers=3", "('own.sock', workers=1"))
+    with serving(here, "deco.py", path="own.sock") as program:
+        assert "at unix:own.sock with" in program.said() and ask(program).startswith("page")
+    with serving(here, "deco.py", "--bind", "fcgi.sock") as program: assert "at unix:fcgi.sock with" in program.said()
+    said = run("serve", "deco.py", "--check")[0].decode()
+    assert said == "fastcgi serve: deco.py:page (CGI function) can be served at unix:own.sock\n"
+    with serving(here, "deco.py", "--no-preload") as program:  # by then it is too late
+        wait_until(lambda: "is served at fcgi.sock, not at own.sock as it says: that takes --bind" in program.said(),
+                   "the warning")
+
+
 # Settings
 
 def test_where_settings_come_from(here):
@@ -140,6 +152,11 @@ def test_all_settings_are_shown(here):
     (("ap:Page",), 1, "no module ap in {}, or installed; did you mean app?"),
     (("none.py",), 1, "no such file: none.py"),
     (("app",), 1, "no such file: app; an application in a module is module:app, as in app:app"),
+    (("app:Page", "--bind", "127.0.0.1"), 1,
+     "no port in '127.0.0.1': 127.0.0.1:9000 would be TCP, ./127.0.0.1 a socket file"),
+    (("app:Page", "--bind", ":99999"), 1, "bad address ':99999': the port must be a number of 0 to 65535"),
+    ((".",), 1, ". is a directory with nothing executable in it, so none of CGI programs: chmod +x them, or say --kind "
+                "cgi-bin; an application is FILE.py or module:app"),
     (("app:Page", "--bind", "/none/s"), 1, "no such directory: /none; create it first"),
     (("app:Page", "--bind", "1:2:3"), 1, "bad address '1:2:3': an IPv6 address goes in brackets, as in [::1]:1234"),
     (("app:Page", "--bind", "bad.toml"), 1,
@@ -225,6 +242,25 @@ def test_the_access_log_goes_to_standard_output_alone(here):
         wait_until(lambda: (here / "out").read_text(), "the line")
         assert program.stop() == 0 and " 200 " not in program.said()
     assert (here / "out").read_text().count("\n") == 1 and '" 200 ' in (here / "out").read_text()
+
+
+def test_the_access_log_without_queries(here):
+    (here / "app.py").write_text(APP)
+    (here / "f.toml").write_text('access_query = false\naccess_log = "access"\n')
+    with serving(here, "app:Page", "--workers", "1", "--config", "f.toml") as program:
+        ask(program, QUERY_STRING="q=secret", HTTP_REFERER="http://a/?q=secret")
+        wait_until(lambda: (here / "access").read_text(), "the line")
+    assert "secret" not in (here / "access").read_text() and '"http://a/"' in (here / "access").read_text()
+
+
+@pytest.mark.parametrize("target", ["app:Page", "app:Async", "app:page"])
+def test_a_hang_up_without_workers_stops_it(here, target):
+    (here / "app.py").write_text(APP)
+    reset = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    with serving(here, target, "--workers", "0", **reset) as program:
+        ask(program)
+        assert program.stop(signal.SIGHUP) == 0 and not program.path.exists()
+        assert "SIGHUP stops a server without workers; to start it anew it takes workers=1" in program.said()
 
 
 def test_the_level_of_the_log(here):

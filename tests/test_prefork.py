@@ -583,13 +583,15 @@ def test_second_signal_ends_at_once(run, workers, signals):
     assert not os.path.exists(srv.address)
 
 
-def test_requests_that_do_not_end_are_killed(run):
-    srv = run(workers=1, graceful_timeout=.2)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_requests_that_do_not_end_are_killed(run, workers):
+    srv = run(workers=workers, graceful_timeout=.2)
     with connect_(srv.address) as sock:
         srv.begin(sock)
         assert srv.app.stop() == 0
         with pytest.raises((OSError, AssertionError)): srv.end(sock)
-    assert "WARNING worker killed pid=" in srv.app.said()
+    assert f"WARNING {'worker killed pid=' if workers else 'ended at once: the running request'}" in srv.app.said()
+    assert "second signal" not in srv.app.said() and srv.app.said().endswith("done\n")
 
 
 def test_workers_end_with_a_master_that_is_killed(run):

@@ -119,7 +119,11 @@ def test_the_table_of_a_project(toml):
 
 @needs_toml
 @pytest.mark.parametrize(("text", "says"), [
-    ("worker = 3", "worker: no such setting; did you mean workers?"), ("[server]\nworkers = 3", "server: no such"),
+    ("worker = 3", "worker: no such setting; did you mean workers?"),
+    ("[server]\nworkers = 3", "server: no such setting; [server] is a table, and settings stand in none"),
+    ("maxThread = 3", "maxThread: no such setting; did you mean threads?"),
+    ("maxRequests = 3", "maxRequests: no such setting; did you mean max_requests?"),
+    ("harakiri = 3", "harakiri: no such setting; did you mean request_timeout?"),
     ("workers = '3'", "workers: '3' is not a whole number, 0 or more"),
     ("workers = true", "workers: True is not a whole number"), ("workers = 1.0", "workers: 1.0 is not a whole number"),
     ("workers = [1]", "workers: [1] is not a whole number"), ("timeout = '3'", "timeout: '3' is not a number of secon"),
@@ -159,6 +163,12 @@ def test_what_is_shown_is_a_file_that_says_the_same(toml, tmp_path):
     assert {k: o.value for k, o in toml("\n".join(lines)).items()} == {k: o.value for k, o in given.items()}
     everything = toml("\n".join(o.removeprefix("# ") for o in lines if " = " in o))
     assert all(SETTINGS[k].default == o.value for k, o in everything.items() if k not in given)
+
+
+def test_other_servers_names_lead_to_ours():
+    assert {*settings.ELSEWHERE.values()} <= {*SETTINGS}
+    assert all(near(k, SETTINGS) == f"; did you mean {o}?" for k, o in settings.ELSEWHERE.items() if k not in SETTINGS)
+    assert near("--bindAddress", ["--bind", "--mode"]) == "; did you mean --bind?" and near("umask", ["x"]) == ""
 
 
 def test_near():

@@ -145,9 +145,14 @@ def test_a_socket_object_is_an_address():
     ("two words:1", "bad address 'two words:1': expected host:port, a port being 0 to 65535; "
                     "a path begins 'unix:' or './'"),
     ("[::1]", "bad address '[::1]': expected host:port, a port being 0 to 65535; a path begins 'unix:' or './'"),
-    ("host:123456", "bad address 'host:123456': expected host:port, a port being 0 to 65535; "
-                    "a path begins 'unix:' or './'"),
-    ("host:65536", "bad address ('host', 65536): the port must be a number of 0 to 65535"),
+    ("host:123456", "bad address 'host:123456': the port must be a number of 0 to 65535"),
+    ("host:65536", "bad address 'host:65536': the port must be a number of 0 to 65535"),
+    (":99999", "bad address ':99999': the port must be a number of 0 to 65535"),
+    ("[::1]:99999", "bad address '[::1]:99999': the port must be a number of 0 to 65535"),
+    ("127.0.0.1", "no port in '127.0.0.1': 127.0.0.1:9000 would be TCP, ./127.0.0.1 a socket file"),
+    ("localhost", "no port in 'localhost': localhost:9000 would be TCP, ./localhost a socket file"),
+    ("http://localhost:80/", "bad address 'http://localhost:80/': that is a URL; give the address at which the "
+                             "application listens, host:port or a socket's path (through a web server, ask with curl)"),
     ("::1:1234", "bad address '::1:1234': an IPv6 address goes in brackets, as in [::1]:1234"),
     ("1234", "bad address '1234': write ':1234' for a port, './1234' for a path"),
     ("fd:x", "bad address 'fd:x': after fd: comes a number"),
@@ -313,8 +318,8 @@ def test_giving_away_needs_rights(folder):
             "    except AddressError as e: print(e)")
     path = folder/"fcgi.sock"
     assert python(code, path, nobody=True).splitlines() == [
-        f"not allowed to give {path} to group 0: start as root or as a member",
-        f"not allowed to give {path} to user 0: start as root or as a member"]
+        f"not allowed to give {path} to group root: start as root or as a member of it",
+        f"not allowed to give {path} to user root: start as root"]
     assert os.listdir(folder) == []
 
 
@@ -513,7 +518,7 @@ def test_directory_without_rights(folder):
     (folder/"in").mkdir(0o700)
     code = "for o in sys.argv[1:]:\n try: listen(o)\n except AddressError as e: print(e)"
     assert python(code, folder/"fcgi.sock", folder/"in"/"er"/"fcgi.sock", nobody=True).splitlines() == [
-        f"not allowed to write {folder}/.fcgi.sock.lock: choose another directory or start as its owner",
+        f"not allowed to make a socket in {folder}: choose another one or start as its owner",
         f"not allowed to enter {folder}/in/er: choose another"]
 
 
@@ -548,9 +553,8 @@ def make_foreign(path):
 @pytest.mark.parametrize("make, why", [
     (make_file, "{} is in the way: remove it"), (make_fifo, "{} is in the way: remove it"),
     pytest.param(make_foreign, "{} is in the way: remove it", marks=needs_root),
-    (make_dir, "cannot make the lock {}: Is a directory"),
-    (make_link, "cannot make the lock {}: Too many levels of symbolic links"),
-    (make_dangling, "cannot make the lock {}: Too many levels of symbolic links")])
+    (make_dir, "{} is in the way: remove it"), (make_link, "{} is in the way: remove it"),
+    (make_dangling, "{} is in the way: remove it")])
 def test_foreign_thing_at_the_place_of_the_lock(folder, make, why):
     lock = folder/".fcgi.sock.lock"
     make(lock)
@@ -602,7 +606,7 @@ def test_lock_on_a_file_that_is_gone_is_none(folder, opened, monkeypatch, starti
 
 def test_another_server_that_starts_for_ever_is_reported(folder, monkeypatch, starting):
     monkeypatch.setattr(sockets, "LOCK_WAIT", 0.05)
-    why = f"another server is starting: {starting.name} is locked; try again"
+    why = f"another server is starting at {folder/'fcgi.sock'}, and does not come to an end; try again"
     assert refused(listen, folder/"fcgi.sock") == why
     os.unlink(starting.name)
 

@@ -215,6 +215,20 @@ def test_a_terminal_is_drawn_again_and_given_back(pool, end):
         assert termios.tcgetattr(t.other) == t.before
 
 
+def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(pool):
+    with Terminal(pool[0], 60) as t:
+        t.until(b"\x1b[?1049h\x1b[?25l\x1b[H")
+        t.until(b"/slower")
+        assert termios.tcgetattr(t.other) != t.before
+        pool[1].answer = json.dumps(PAGE | {"pool": "/run/other.sock"})
+        t.program.send_signal(signal.SIGTSTP)  # it goes on at once: there is no shell that could let it
+        t.until(b"\x1b[?25h\x1b[?1049l\x1b[?1049h\x1b[?25l")
+        t.until(b"/run/other.sock")  # at once
+        os.write(t.fd, b"q")
+        t.until(b"\x1b[?25h\x1b[?1049l")
+        assert t.program.ended() == 0 and termios.tcgetattr(t.other) == t.before
+
+
 def test_a_key_looks_at_once(pool):
     with Terminal(pool[0], 60) as t:
         t.until(b"/slower")

@@ -155,3 +155,9 @@ def test_the_command_prints_it_and_writes_the_units(tmp_path, capsys):
     assert main(command) == 1 and "shop.socket exists: remove it first" in capsys.readouterr().err
     assert main(["config", "nginx", "shop.py", "--output", "."]) == 1
     assert "--output is for systemd's units" in capsys.readouterr().err
+    for target in "none.py", "none.py:app":
+        assert main(["config", "nginx", target]) == 0
+        said = capsys.readouterr()
+        assert said.out == render("nginx", Site(target, parse_address("/run/fastcgi/app.sock")))
+        assert said.err == "fastcgi config: no such file: none.py; the configuration is printed all the same\n"
+    assert main(["config", "nginx", "none:app"]) == 0 and not capsys.readouterr().err
