@@ -19,30 +19,24 @@ from contextlib import suppress
 from inspect import iscoroutinefunction
 from typing import Any
 
-from .client import (
-    CHUNK,
+from .addresses import Address, AddressLike
+from .client import CHUNK, Answer, Body, FcgiClient, Streams, _streams, _with_lengths
+from .client_connection import (
     VALUES,
-    Answer,
-    Body,
     Call,
     ClientConnection,
     ClientEvent,
     ClientLimits,
     Failed,
-    FcgiClient,
     Params,
     Stderr,
     Stdout,
-    Streams,
     Trace,
     UnknownType,
     Values,
-    _streams,
-    _with_lengths,
 )
 from .core import MAX_CONTENT, Bytes, Role
 from .errors import ConnectionLost, FcgiError, RemoteProtocolError
-from .sockets import Address, AddressLike
 
 __all__ = ("AsyncFcgiClient", "AsyncResponse")
 

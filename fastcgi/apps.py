@@ -23,12 +23,12 @@ from socketserver import TCPServer
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
+from .addresses import Address, parse_address
 from .decorator import CGIServer, inherited_address, is_option, unknown_options
 from .errors import FcgiError
 from .handler import FcgiHandler
 from .prefork import PreForkMixIn
 from .privileges import is_root
-from .sockets import Address, parse_address
 
 __all__ = ("App", "AppError", "AppServer", "address_of", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
            "missing", "no_threads", "serve", "server_for")

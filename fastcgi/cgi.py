@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 from .connection import status_page
 from .core import MAX_CONTENT, Bytes
+from .framing import HEAD_END
 from .handler import FcgiHandler
 from .request import Lazy
 from .streams import OutputStream
@@ -35,7 +36,6 @@ _NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _FIELD = re.compile(_NAME + rb":[^\r\n\0]*")
 _FIELDS = re.compile(rb"(?:" + _FIELD.pattern + rb"\r?\n)*")
 _BLOCK = re.compile(_FIELDS.pattern + rb"\r?\n")  # a whole header block; an empty one is known to all web servers
-_BLANK = re.compile(rb"(?:\A|\n)\r?\n")
 
 
 class CGIHandler(FcgiHandler):
@@ -96,7 +96,7 @@ class _Stdout(OutputStream):
         "Refuse a head that is complete and none."
         if self.known: return
         handler, exchange, out = self._handler, self._exchange, self._exchange._stdout
-        if not whole and not _BLANK.search(out, max(self._scanned - 3, 0)): self._scanned = len(out)
+        if not whole and not HEAD_END.search(out, max(self._scanned - 3, 0)): self._scanned = len(out)
         else:
             self.known = True
             if exchange.aborted or "REQUEST_METHOD" not in handler.environ or _BLOCK.match(out): return
@@ -240,7 +240,7 @@ class Answer:
         if self._head is None: return self.handler.write(data)
         before = max(len(self._head) - 2, 0)
         self._head += data
-        if not (end := _BLANK.search(self._head, before)):
+        if not (end := HEAD_END.search(self._head, before)):
             if len(self._head) > _MAX_HEAD: self._refuse(f"header larger than {_MAX_HEAD} bytes")
             return len(data)
         if (head := self._checked(bytes(self._head[:end.start()]))) is None: return len(data)

@@ -340,8 +340,8 @@ def _latin(s: str) -> str: return os.fsencode(s).decode("latin-1")
 @contextmanager
 def _told(address: str) -> Iterator[None]:
     "What goes wrong is said with what to do about it. Status 2: there is no answer."
+    from .addresses import AddressError
     from .errors import ConnectionLost, RemoteProtocolError
-    from .sockets import AddressError
     start = "start the application, or give the address at which it listens"
     try: yield
     except (Mistake, BrokenPipeError): raise

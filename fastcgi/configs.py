@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from shlex import quote
 
+from .addresses import Address, parse_address
 from .errors import FcgiError
-from .sockets import Address, parse_address
 
 __all__ = ("SERVERS", "ConfigError", "Site", "render", "units")
 

@@ -13,9 +13,10 @@ from os import PathLike
 from socketserver import TCPServer
 from typing import Any
 
+from .addresses import AddressError
 from .cgi import CGIHandler, is_cgi, run_as_cgi
 from .prefork import PreForkMixIn
-from .sockets import AddressError, is_listening, systemd_sockets
+from .sockets import is_listening, systemd_sockets
 
 __all__ = ("fastcgi", "CGIServer", "inherited_address", "is_option", "unknown_options")
 

@@ -54,7 +54,8 @@ def serve(
     **settings: Any,  # of `apps.server_for`, for what does not serve itself
 ) -> None:
     "Serve until Ctrl-C. Raises `DevError` where that cannot begin."
-    from .sockets import AddressError, listen
+    from .addresses import AddressError
+    from .sockets import listen
     logging.basicConfig(format="%(name)s: %(message)s")
     told = []  # signals to end: Python loses what a handler raises where it interrupts a callback, as in an import
 

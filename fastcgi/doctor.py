@@ -17,9 +17,9 @@ from contextlib import suppress
 from time import monotonic
 from typing import NamedTuple
 
+from .addresses import parse_address
 from .client import FcgiClient, Response
 from .errors import FcgiError
-from .sockets import parse_address
 
 __all__ = ("Finding", "examine", "web_server_users")
 

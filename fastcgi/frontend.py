@@ -20,10 +20,10 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from . import __version__
+from .addresses import Address, AddressLike
 from .client import FcgiClient, Response
 from .errors import FcgiError, RemoteProtocolError, RequestAborted
 from .http import HandlerException, MinimalHTTPHandler, ReuseThreadingServer
-from .sockets import Address, AddressLike
 
 __all__ = ("FrontEnd", "FrontEndHandler", "params_for", "cgi_params")
 

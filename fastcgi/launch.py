@@ -16,11 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from .addresses import parse_address
 from .apps import App, AppError, AppServer, find, server_for
 from .decorator import inherited_address
 from .reexec import is_trial
 from .settings import SETTINGS, Given
-from .sockets import parse_address
 from .watch import changes
 
 __all__ = ("LaunchError", "Plan", "let_in")

@@ -17,9 +17,10 @@ from socketserver import ForkingMixIn, TCPServer, ThreadingMixIn, UnixStreamServ
 from typing import TYPE_CHECKING, Any
 
 from . import forks, reexec
+from .addresses import Address, allowed_peers, parse_address, peer_allowed
 from .privileges import drop, is_root, is_us
 from .signals import Alarm
-from .sockets import Address, allowed_peers, listen, parse_address, peer_allowed, remove
+from .sockets import listen, remove
 from .worker import Exchanged, check, is_async, worker_for
 
 if TYPE_CHECKING:

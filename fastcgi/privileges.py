@@ -10,7 +10,7 @@ import os
 import pwd
 from contextlib import suppress
 
-from .sockets import AddressError
+from .addresses import AddressError
 
 __all__ = ("drop", "is_root", "is_us", "look_up")
 

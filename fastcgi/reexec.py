@@ -17,7 +17,8 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from .sockets import Address, AddressLike, UnixListener, parse_address, remove
+from .addresses import Address, AddressLike, parse_address
+from .sockets import UnixListener, remove
 
 __all__ = ("Trial", "claim", "discard", "go", "has_predecessor", "is_trial", "key_of", "passed", "predecessor",
            "release", "HELD")

@@ -12,9 +12,10 @@ import socket
 from time import monotonic
 from typing import Any
 
-from .connection import AbortRequest, BeginRequest, Connection, Exchange, Input, Refused
+from .connection import AbortRequest, BeginRequest, Connection, Exchange, Refused
 from .core import Bytes
 from .errors import RemoteProtocolError
+from .framing import Input
 from .request import about
 
 __all__ = ("Channel", "InputStream", "OutputStream")

@@ -15,9 +15,9 @@ from socketserver import ForkingMixIn, ThreadingMixIn
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .connection import Input
 from .core import Role
 from .errors import ConnectionLost, RequestAborted
+from .framing import Input
 from .handler import FcgiHandler
 from .paths import script_and_path
 from .response import has_body, pack_native_head

@@ -19,8 +19,9 @@ import pytest
 from loops import SOON, Peer, ask, connected, handler, serving, stands_still
 
 from fastcgi import AsyncFcgiServer, Request, RequestAborted, aio
+from fastcgi.addresses import AddressError
 from fastcgi.errors import LocalProtocolError
-from fastcgi.sockets import AddressError, listen
+from fastcgi.sockets import listen
 
 run = loops.run  # a fixture
 OK = b"Content-Type: text/plain\r\n\r\n"

@@ -11,9 +11,9 @@ from frontends import servers
 from loops import serving
 
 from fastcgi import AsyncFcgiClient, Role, Status
+from fastcgi.addresses import AddressError
 from fastcgi.aioclient import MOST
 from fastcgi.errors import ConnectionLost, LocalProtocolError, RemoteProtocolError
-from fastcgi.sockets import AddressError
 
 run = loops.run  # a fixture
 OK = b"Content-Type: text/plain\r\n\r\n"

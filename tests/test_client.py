@@ -21,12 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcgi import client as fclient
-from fastcgi.client import (
+from fastcgi.addresses import AddressError
+from fastcgi.client import FcgiClient
+from fastcgi.client_connection import (
     ClientConnection,
     ClientLimits,
     EndRequest,
     Failed,
-    FcgiClient,
     ResponseHead,
     Stderr,
     Stdout,
@@ -37,7 +38,6 @@ from fastcgi.client import (
 from fastcgi.core import Role, Status
 from fastcgi.errors import ConnectionLost, LimitExceeded, LocalProtocolError, RemoteProtocolError, RequestAborted
 from fastcgi.handler import FcgiHandler
-from fastcgi.sockets import AddressError
 
 OK = b"Content-Type: text/plain\r\n\r\n"
 MB = 1 << 20

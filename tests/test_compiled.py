@@ -22,8 +22,8 @@ TESTS = {
     "workers": ("test_worker.py", "test_slow_readers.py")}
 WITHOUT = "import sys; sys.modules['mypyc'] = None; from setuptools import build_meta"
 CODE = """
-from fastcgi import connection, core, session, streams, worker
-for o in connection, core, session, streams, worker: print(o.__file__)
+from fastcgi import connection, core, framing, session, streams, worker
+for o in connection, core, framing, session, streams, worker: print(o.__file__)
 """
 
 pytestmark = [

@@ -7,7 +7,8 @@ from helpers import (ABORT_REQUEST, BEGIN_REQUEST, DATA, FILTER, GET_VALUES, PAR
                      begin, pair, params, pieces, rec, request, stream, tell)
 
 from fastcgi import connection
-from fastcgi.connection import Framing, Input, Limits, status_page
+from fastcgi.connection import Limits, status_page
+from fastcgi.framing import Framing, Input
 from fastcgi.errors import LocalProtocolError, RemoteProtocolError
 
 

@@ -13,7 +13,7 @@ from frontends.servers import wait_until
 from helpers import Program, children, connect, exchange, request
 
 from fastcgi import privileges
-from fastcgi.sockets import AddressError
+from fastcgi.addresses import AddressError
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 NOBODY = pwd.getpwnam("nobody")

@@ -20,7 +20,8 @@ from frontends import servers
 from published import ECHO, LISTING
 
 from fastcgi import AsyncFcgiClient, FcgiHandler, FcgiServer, FcgiThreadingServer
-from fastcgi.sockets import AddressError, listen
+from fastcgi.addresses import AddressError
+from fastcgi.sockets import listen
 
 SERVERS = FcgiServer, FcgiThreadingServer
 

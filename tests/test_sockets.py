@@ -18,26 +18,16 @@ from pathlib import Path
 import pytest
 
 from fastcgi import sockets
+from fastcgi.addresses import Address, AddressError, allowed_peers, parse_address, peer_allowed
 from fastcgi.errors import FcgiError
-from fastcgi.sockets import (
-    Address,
-    AddressError,
-    UnixListener,
-    allowed_peers,
-    is_listening,
-    listen,
-    no_delay,
-    parse_address,
-    peer_allowed,
-    remove,
-    systemd_sockets,
-)
+from fastcgi.sockets import UnixListener, is_listening, listen, no_delay, remove, systemd_sockets
 
 ROOT = os.geteuid() == 0
 NOBODY = 65534
 WAIT = 20  # seconds, for whatever must happen
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
 HERE = Path(sockets.__file__).parent.parent
+IMPORTS = "from fastcgi.addresses import *; from fastcgi.sockets import *\n"
 
 
 @pytest.fixture
@@ -66,7 +56,7 @@ def refused(f, *args, **kw):
 
 def python(code, *args, nobody=False, **kw):
     "The standard output of a Python program that has imported `fastcgi.sockets`; as another user if it says so."
-    head = "import encodings.idna, os, socket, sys; from fastcgi.sockets import *\n"
+    head = "import encodings.idna, os, socket, sys; " + IMPORTS
     if nobody: head += f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     got = subprocess.run([sys.executable, "-c", head + code, *map(str, args)], text=True, capture_output=True, cwd=HERE,
                          timeout=WAIT, **kw)
@@ -612,7 +602,7 @@ def test_another_server_that_starts_for_ever_is_reported(folder, monkeypatch, st
 
 
 def test_of_servers_that_start_at_once_one_wins(folder):
-    code = ("from fastcgi.sockets import *\nimport sys\nkept = []\nprint('ready', flush=True)\n"
+    code = (IMPORTS + "import sys\nkept = []\nprint('ready', flush=True)\n"
             "for path in sys.stdin:\n"
             "    try: kept.append(listen(path.strip())); print('won', flush=True)\n"
             "    except AddressError as e: print(e, flush=True)\n")
@@ -793,7 +783,7 @@ def test_inherited_socket_stays_as_found(folder, family, address, blocking, defa
 def test_spawned_on_fd_0(folder):
     code = "assert is_listening()\nwith listen('fd:0') as sock, sock.accept()[0] as conn: conn.sendall(b'hello')"
     with listen(folder/"fcgi.sock") as sock, subprocess.Popen(
-            [sys.executable, "-c", "from fastcgi.sockets import *\n" + code], stdin=sock, cwd=HERE) as child:
+            [sys.executable, "-c", IMPORTS + code], stdin=sock, cwd=HERE) as child:
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(WAIT)
             client.connect(sock.getsockname())

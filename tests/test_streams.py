@@ -18,7 +18,8 @@ from helpers import (ABORT_REQUEST, DATA, DEADLINE, END_REQUEST, FILTER, GET_VAL
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastcgi.connection import Connection, Exchange, Input, Limits
+from fastcgi.connection import Connection, Exchange, Limits
+from fastcgi.framing import Input
 from fastcgi.errors import ConnectionLost, LocalProtocolError, RequestAborted
 from fastcgi.streams import MORE, RECV, Channel, InputStream, OutputStream
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import pytest
 from frontends.servers import COMMANDS, MODULES, PATH, Frontend, application, free_port, short_dir, stop, which
 
+from fastcgi.addresses import parse_address
 from fastcgi.configs import SERVERS, ConfigError, Site, render, units
 from fastcgi.handler import FcgiHandler
-from fastcgi.sockets import parse_address
 
 # what a distribution's main file has, from which the printed one is read
 AROUND = {

@@ -29,8 +29,8 @@ from frontends.test_configs import web_server
 
 import fastcgi
 from fastcgi import FcgiClient
+from fastcgi.addresses import parse_address
 from fastcgi.configs import Site as Config
-from fastcgi.sockets import parse_address
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 pytestmark = [pytest.mark.frontend, pytest.mark.slow,
