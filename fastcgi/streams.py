@@ -16,6 +16,7 @@ from .connection import AbortRequest, BeginRequest, Connection, Exchange, Refuse
 from .core import Bytes
 from .errors import RemoteProtocolError
 from .framing import Input
+from .native import mypyc_attr
 from .request import about
 
 __all__ = ("Channel", "InputStream", "OutputStream")
@@ -245,10 +246,11 @@ def _after(wait: float | None) -> float | None: return None if wait is None else
 def _until(end: float | None) -> float | None: return None if end is None else max(end - monotonic(), 0)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class InputStream(io.BufferedIOBase):
     "STDIN or DATA of a request: ends where the stream ends, then gives b''. Reading may raise `RequestAborted`."
 
-    def __init__(self, channel: Channel, exchange: Exchange, stream: Input) -> None:
+    def __init__(self, channel: Any, exchange: Any, stream: Input) -> None:  # channel: a `Channel`, or what has `fill`
         self._channel, self._exchange, self._stream = channel, exchange, stream
 
     def readable(self) -> bool: return True
@@ -288,6 +290,7 @@ class InputStream(io.BufferedIOBase):
         return b"".join(parts)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class OutputStream(io.BufferedIOBase):
     "STDOUT or STDERR of a request. Never raises because of the peer: what nobody will read is dropped."
     held = False  # `flush` does nothing: the request is about to end, and its output leaves with END_REQUEST
@@ -304,7 +307,7 @@ class OutputStream(io.BufferedIOBase):
         if not self.held and not self._exchange.ended: self._channel.flush(self._exchange)
 
 
-def read(channel: Channel, exchange: Exchange, stream: Input, size: int) -> bytes:
+def read(channel: Any, exchange: Any, stream: Input, size: int) -> bytes:  # as for `InputStream`
     "As `InputStream.read`. Nothing is allocated for bytes that have not arrived."
     if size < 0:
         while not stream.ended: channel.wait_for(exchange, stream)

@@ -35,6 +35,7 @@ StartResponse = Callable[..., Callable[[bytes], object]]
 Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
 JOIN = 1 << 14  # bytes of body up to which it is copied behind the head
+WHOLE = 1 << 18  # bytes up to which a list of blocks becomes one
 FILE_PIECE = 1 << 18  # bytes of a regular file read at a time
 _UNKNOWN = object()
 
@@ -149,7 +150,10 @@ class WSGIHandler(FcgiHandler):
     def _send_whole(self, blocks: list[bytes] | tuple[bytes, ...]) -> None:
         "Send an answer of which all is there."
         if len(blocks) == 1: body = blocks[0] if type(blocks[0]) is bytes else self._block(blocks[0])
-        else: body = b"".join([o if type(o) is bytes else self._block(o) for o in blocks])
+        else:
+            blocks = [o if type(o) is bytes else self._block(o) for o in blocks]
+            if (size := sum(map(len, blocks))) > WHOLE: return self._send_blocks(blocks, size)
+            body = b"".join(blocks)
         head = self._begun(len(body))
         if self._left is not None or self._bodiless: body = self._counted(body)
         if len(body) <= JOIN and len(head) <= JOIN: self._exchange.write(head + body)  # it leaves with END_REQUEST
@@ -158,7 +162,11 @@ class WSGIHandler(FcgiHandler):
             self.write(body)
         if self._left: self._check_length()
 
-    def _send_blocks(self, result: Iterable[bytes]) -> None:
+    def _send_blocks(
+        self,
+        result: Iterable[bytes],
+        size: int | None = None,  # of the whole body, where that is known
+    ) -> None:
         "Send an answer as it is made."
         if type(result) is FileWrapper: result = result.blocks()
         try: blocks = iter(result)
@@ -168,7 +176,7 @@ class WSGIHandler(FcgiHandler):
         for data in blocks:
             if type(data) is not bytes: data = self._block(data)
             if not data: continue
-            self._put(data, len(data) if single else None)
+            self._put(data, len(data) if single else size)
             if self._bodiless or self.aborted(): return
         if self._head != b"": self.write(self._begun(0))
         self._check_length()
@@ -245,7 +253,7 @@ class ErrorStream:
 class _NoInput(InputStream):
     "`wsgi.input` of all requests without a body: to make a file costs more than all else in an environment."
 
-    def __init__(self) -> None: super().__init__(_Ended(), None, Input(ended=True))  # type: ignore[arg-type]
+    def __init__(self) -> None: super().__init__(_Ended(), None, Input(ended=True))
 
     def close(self) -> None: "It is not this request's alone."
 

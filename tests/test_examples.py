@@ -108,6 +108,7 @@ def test_program_serves_and_removes_its_socket(name, short_dir):
 
 @pytest.mark.parametrize("name", (*CHECKS, "ping.py"))
 def test_program_says_where_it_serves_and_ctrl_c_ends_it(name, short_dir, free_port):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: pytest.skip("SIGINT is ignored here, as under nohup")
     (short_dir / "program.py").write_text(adapted(PROGRAMS[name], short_dir, app_port=free_port), encoding="utf-8")
     with Program("-u", "program.py", cwd=short_dir) as proc:
         wait_until(lambda: "Ctrl-C ends it" in proc.said() or proc.poll() is not None, "it says that it serves")
@@ -130,7 +131,8 @@ def test_program_runs_under_fastcgi_dev(name, short_dir, free_port):
     (short_dir / "program.py").write_text(adapted(code, short_dir), encoding="utf-8")
     args = [sys.executable, "-m", "fastcgi", "dev", "program.py", "--port", free_port]
     with running(args, short_dir, lambda: connects(("127.0.0.1", free_port))):
-        assert fetch(free_port)[0] == 200
+        status, text = fetch(free_port)
+        assert status == 200, text
 
 
 def test_application_of_the_readme_is_served_by_its_command(short_dir):

@@ -17,7 +17,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "native": "",
     "framing": "core errors native",
     "connection": "core errors framing native",
-    "streams": "connection core errors framing request",
+    "streams": "connection core errors framing native request",
     "request": "connection core",
     "forks": "",
     "session": "connection request streams",

@@ -411,6 +411,15 @@ def test_bodies_of_any_size(size, how):
     assert answer.body == body
 
 
+def test_a_large_list_leaves_block_by_block_with_its_length():
+    blocks = [bytes([i]) * 70_000 for i in range(9)]
+    def app(environ, start_response):
+        start_response("200 OK", TEXT)
+        return [*blocks, bytearray(b"end")]
+    answer = call(app)
+    assert answer.body == b"".join(blocks) + b"end" and b"Content-Length: 630003\r\n" in answer.stdout
+
+
 @pytest.mark.parametrize("how", [lambda o: list(o), lambda o: iter(o)], ids=["list", "iterator"])
 @pytest.mark.parametrize(("blocks", "said", "sent", "logged"), [
     ([b"12345"], "3", b"123", "longer than its Content-Length, cut"),
