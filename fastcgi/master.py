@@ -124,8 +124,7 @@ class Master:
         if lock >= 0: server._accept_lock = os.fdopen(lock, "rb+")
         elif server._inherited and server.workers > 1 and server.socket.gettimeout() is None:
             server._accept_lock = tempfile.TemporaryFile()
-        if queue: server._exchanged = _exchanged(*queue)
-        else: server._exchanged = Exchanged()
+        server._exchanged = Exchanged(queue and tuple(socket.socket(fileno=o) for o in queue))
         self._begin_scoreboard(before.get("scoreboard", -1))
         reexec.discard()
         say = "new code: serving at %s, workers=%d" if before else "serving at %s, workers=%d"
@@ -525,12 +524,6 @@ def abandon() -> None:
         if fd >= 0: os.close(fd)
     reexec.discard()
     reexec.release()
-
-
-def _exchanged(ours: int, theirs: int) -> Exchanged:
-    res: Exchanged = object.__new__(Exchanged)
-    res.ours, res.theirs = socket.socket(fileno=ours), socket.socket(fileno=theirs)
-    return res
 
 
 def _terminal() -> bool:

@@ -68,7 +68,8 @@ class Exchanged:
     What is in it survives any worker. It is made before they are forked, and closed when all of them have ended.
     """
 
-    def __init__(self) -> None: self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    def __init__(self, ends: tuple[socket.socket, socket.socket] | None = None) -> None:  # ends: of one that goes on
+        self.ours, self.theirs = ends or socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def fileno(self) -> int: return self.ours.fileno()
 

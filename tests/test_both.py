@@ -263,9 +263,11 @@ def test_the_same_request_has_the_same_answer(converse, case, how):
 
 
 def streams(data: bytes) -> list[h.Record]:
-    "The records of `data`. Those in which a stream goes on are one: how it was cut does not matter."
+    """The records of `data`, request by request, as those that run at a time may end in any order. Those in which a
+    stream goes on are one: how it was cut does not matter.
+    """
     res: list[h.Record] = []
-    for o in h.split(data)[0]:
+    for o in sorted(h.split(data)[0], key=lambda o: o.id):
         if o.content and res and res[-1][:2] == o[:2] and res[-1].content:
             res[-1] = o._replace(content=res[-1].content + o.content)
         else: res.append(o)

@@ -19,7 +19,8 @@ SOURCES = ("setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE")
 TESTS = {
     "engine": ("test_core.py", "test_connection.py", "test_vectors.py", "test_roles.py", "test_client.py"),
     "handlers": ("test_handler.py", "test_streams.py", "conformance", "test_aio.py"),
-    "workers": ("test_worker.py", "test_slow_readers.py")}
+    "workers": ("test_worker.py", "test_slow_readers.py"),
+    "applications": ("test_wsgi.py", "test_wsgi_server.py", "test_decorator.py", "test_reload.py")}
 WITHOUT = "import sys; sys.modules['mypyc'] = None; from setuptools import build_meta"
 CODE = """
 from fastcgi import connection, core, framing, session, streams, worker
