@@ -1029,7 +1029,8 @@ def test_an_inherited_socket_is_left_as_it_blocks(run, path, blocking, give):
     run(main())
 
 
-def test_accepting_goes_on_after_an_error(run, path, monkeypatch, caplog):
+@pytest.mark.parametrize("blocking", [True, False])
+def test_accepting_goes_on_after_an_error(run, path, monkeypatch, caplog, blocking):
     monkeypatch.setattr(aio, "PAUSE", 0)
     errors = [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ECONNABORTED, "gone")]
 
@@ -1042,12 +1043,30 @@ def test_accepting_goes_on_after_an_error(run, path, monkeypatch, caplog):
 
     async def main():
         with listen(path) as shared:
+            shared.setblocking(blocking)
             server = AsyncFcgiServer(handler(hello), shared.dup())
             server.socket = Flaky(server.socket)
             async with server: return await ask(path, h.request())
 
     assert run(main()).body == b"hello" and not errors
     assert caplog.text.count("cannot accept") == 2
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_who_is_not_admitted_is_sent_away(run, path, blocking):
+    admitted = [True, False]
+
+    class Picky(AsyncFcgiServer):
+        def admits(self, conn, address): return admitted.pop()
+
+    async def main():
+        with listen(path) as shared:
+            shared.setblocking(blocking)
+            async with Picky(handler(hello), shared.dup()):
+                async with connected(path) as peer: assert await peer.stream.read() == b""
+                return await ask(path, h.request())
+
+    assert run(main()).body == b"hello" and not admitted
 
 
 def test_two_servers_on_one_blocking_socket_do_not_wait_for_each_other(run, path):
