@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .errors import FcgiError
 
-__all__ = ("Address", "AddressError", "AddressLike", "allowed_peers", "parse_address", "peer_allowed")
+__all__ = ("Address", "AddressError", "AddressLike", "address_of", "allowed_peers", "parse_address", "peer_allowed")
 
 LOOPBACK = "127.0.0.1"
 TCP = re.compile(r"(?:\[([^\[\]\s]+)\]|([^\[\]:\s]*)):([0-9]{1,99})")
@@ -48,6 +48,14 @@ class Address(NamedTuple):
         if self.kind == "fd": return f"fd:{self.fd}"
         if self.kind == "systemd": return f"systemd:{self.name}" if self.name else "systemd"
         return repr(self.sock)
+
+
+def address_of(
+    sock: socket.socket,  # of `listen`, or any that is bound
+) -> Address:  # Unix or TCP
+    "Where a socket listens."
+    name = sock.getsockname()
+    return Address("tcp", "", *name[:2]) if isinstance(name, tuple) else Address("unix", os.fsdecode(name))
 
 
 AddressLike = Address | str | os.PathLike[str] | tuple[str, int] | int | socket.socket

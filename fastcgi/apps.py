@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -23,14 +22,15 @@ from socketserver import TCPServer
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
-from .addresses import Address, parse_address
-from .decorator import CGIServer, inherited_address, is_option, unknown_options
+from .addresses import address_of, parse_address
+from .decorator import LOG_FORMAT, CGIServer, inherited_address, is_option, unknown_options
 from .errors import FcgiError
 from .handler import FcgiHandler
 from .prefork import PreForkMixIn
 from .privileges import is_root
+from .request import theirs
 
-__all__ = ("App", "AppError", "AppServer", "address_of", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
+__all__ = ("App", "AppError", "AppServer", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
            "missing", "no_threads", "serve", "server_for")
 
 log = logging.getLogger("fastcgi.server")
@@ -356,10 +356,12 @@ def _line(e: BaseException) -> str:
 
 def _theirs(error: BaseException) -> TracebackType | None:
     "The traceback from the application's first line on."
-    tb, ours = error.__traceback__, (os.path.dirname(__file__) + os.sep, "<frozen importlib")
-    while tb and (tb.tb_frame.f_code.co_filename.startswith(ours) or
-                  f"{os.sep}importlib{os.sep}" in tb.tb_frame.f_code.co_filename): tb = tb.tb_next
+    tb = theirs(error.__traceback__)
+    while tb and _IMPORTING.search(tb.tb_frame.f_code.co_filename): tb = tb.tb_next
     return tb
+
+
+_IMPORTING = re.compile(rf"\A<frozen importlib|{re.escape(os.sep)}importlib{re.escape(os.sep)}")
 
 
 def _where(error: BaseException) -> str:
@@ -447,7 +449,7 @@ def serve(app: Any, address: Any = None, **settings: Any) -> None:
     script, a program, or a directory of CGI programs. Arguments are those of `server_for`. Unless the program has set
     up logging itself, messages go to standard error.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     with server_for(app, address, **settings) as server:
         server.on_start = lambda: log.info("serving %s; Ctrl-C ends it", server)
         server.serve_forever()
@@ -465,9 +467,3 @@ def no_threads(handler: type[Any]) -> str:
     if getattr(handler, "one_at_a_time", False): return "a request has the process for itself; give it more workers"
     if not issubclass(handler, FcgiHandler): return "its requests run as tasks in one, as many as come"
     return ""
-
-
-def address_of(sock: socket.socket) -> str:
-    "Where a socket listens, in the form in which it is written."
-    name = sock.getsockname()
-    return str(Address("tcp", "", *name[:2]) if isinstance(name, tuple) else Address("unix", os.fsdecode(name)))

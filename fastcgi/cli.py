@@ -22,6 +22,7 @@ from typing import IO, Any, NoReturn
 from . import __version__
 from .errors import FcgiError
 from .settings import GROUPS, SETTINGS, Given, Setting, SettingError, from_environ, from_toml, near, read, shown
+from .terminal import say
 
 __all__ = ("main", "serve", "dev", "call", "status", "command", "COMMANDS", "Mistake")
 
@@ -119,7 +120,7 @@ def call(
     with ExitStack() as stack:
         stack.enter_context(_told(address))
         client = FcgiClient(address, timeout, trace=_show_record if verbose else None)
-        client.on_stderr = _say
+        client.on_stderr = say
         body = stack.enter_context(_body(data, params))
         response = stack.enter_context(client.request(params, body))
         out = sys.stdout.buffer
@@ -130,7 +131,7 @@ def call(
             out.write(piece)
             out.flush()
         out.flush()
-        if response.protocol_status: _say(f"fastcgi call: {_refusal(response.protocol_status)}\n")
+        if response.protocol_status: say(f"fastcgi call: {_refusal(response.protocol_status)}\n")
         return int(response.status >= 400 or bool(response.app_status or response.protocol_status))
 
 
@@ -306,13 +307,6 @@ def _wrong(prog: str, message: str, status: int = 2) -> int:
     return status
 
 
-def _say(text: bytes | str) -> None:
-    "To standard error, as it is and at once."
-    sys.stdout.flush()
-    sys.stderr.buffer.write(text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text)
-    sys.stderr.buffer.flush()
-
-
 # call
 
 def _params(target: str, method: str, body: bool, header: tuple[str, ...], param: tuple[str, ...]) -> dict[str, str]:
@@ -402,4 +396,4 @@ def _show_record(sent: bool, typ: int, request_id: int, content: bytes) -> None:
         elif typ == Request.END_REQUEST: lines[0] += ": app_status={} {!r}".format(*unpack_content(typ, content))
         elif typ in (Request.PARAMS, Request.GET_VALUES, Request.GET_VALUES_RESULT):
             lines += [f"    {k}={v}" for k, v in unpack_params(content).items()]
-    for line in lines: _say("".join(o if o.isprintable() else ascii(o)[1:-1] for o in line) + "\n")
+    for line in lines: say("".join(o if o.isprintable() else ascii(o)[1:-1] for o in line) + "\n")

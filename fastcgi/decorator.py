@@ -22,6 +22,7 @@ __all__ = ("fastcgi", "CGIServer", "inherited_address", "is_option", "unknown_op
 
 log = logging.getLogger("fastcgi.server")
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 ALONE = "its function has a process for itself, with os.environ and sys.stdin; let it have more workers"
 NO_OPTIONS = {"load", "observer", "scoreboard", "allow_reuse_address", "allow_reuse_port", "address_family",
               "socket_type"}
@@ -89,7 +90,7 @@ def _main(func: Callable[[], Any], address: Any, server: type[CGIServer], handle
         if inherited := inherited_address(): address = inherited
         elif is_cgi(): return run_as_cgi(func)
         # A program may set up logging, a library may not; here we are the program, unless it has done so itself.
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         started = partial(log.info, "serving %s at %s; Ctrl-C ends it", func.__name__, address)
         with type(server.__name__, (server,), {"started": staticmethod(started)})(address, handler) as srv:
             srv.serve_forever()

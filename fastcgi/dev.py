@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import FcgiError
+from .terminal import say
 from .watch import changes, folder_of
 
 __all__ = ("DevError", "run", "serve")
@@ -83,13 +84,6 @@ def serve(
                     app.stop("it is started anew")
                     app.start()
                     say(f"fastcgi dev: started anew{': ' if changed else ''}{', '.join(changed)}\n")
-
-
-def say(text: bytes | str) -> None:
-    "To standard error, as it is and at once."
-    sys.stdout.flush()
-    sys.stderr.buffer.write(text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text)
-    sys.stderr.buffer.flush()
 
 
 class _App:

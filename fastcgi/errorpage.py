@@ -14,6 +14,8 @@ from html import escape
 from types import FrameType, TracebackType
 from typing import Any
 
+from .request import theirs
+
 __all__ = ("CHANGES", "error_page", "trouble_page")
 
 CHANGES = "/.fastcgi-dev/changes"  # where the front end tells how often the program was started
@@ -103,8 +105,7 @@ def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
 
 def _frames(tb: TracebackType | None) -> list[tuple[FrameType, int]]:
     "From the application's first line to the one that failed, those in the middle left out where there are many."
-    ours, found = os.path.dirname(__file__), []
-    while tb and os.path.dirname(tb.tb_frame.f_code.co_filename) == ours: tb = tb.tb_next
+    tb, found = theirs(tb), []
     while tb:
         found.append((tb.tb_frame, tb.tb_lineno))
         tb = tb.tb_next

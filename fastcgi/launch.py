@@ -18,14 +18,13 @@ from typing import IO, Any
 
 from .addresses import parse_address
 from .apps import App, AppError, AppServer, find, server_for
-from .decorator import inherited_address
+from .decorator import LOG_FORMAT, inherited_address
 from .reexec import is_trial
 from .settings import SETTINGS, Given
 from .watch import changes
 
 __all__ = ("LaunchError", "Plan", "let_in")
 
-FORMAT = "%(asctime)s %(levelname)s %(message)s"
 SAID = "socket is for this user alone", "serving at ", "new code: serving at "  # our own line says that
 
 log = logging.getLogger("fastcgi.server")
@@ -97,7 +96,7 @@ class Plan:
         command, level = self.command, self.command["log_level"].upper()
         try:
             handler = _handler("" if is_trial() else command["log"], sys.stderr)
-            handler.setFormatter(logging.Formatter(FORMAT))
+            handler.setFormatter(logging.Formatter(LOG_FORMAT))
             handler.addFilter(lambda o: not str(o.msg).startswith(SAID))
             logging.basicConfig(level=level, handlers=[handler])
             if not command["access_log"] or is_trial(): return

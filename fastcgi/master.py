@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterable
@@ -20,6 +19,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from . import kin, reexec
+from .addresses import address_of
+from .forks import flush
 from .notify import notify, reloading, watchdog
 from .privileges import is_root
 from .scoreboard import Scoreboard
@@ -128,7 +129,7 @@ class Master:
         self._begin_scoreboard(before.get("scoreboard", -1))
         reexec.discard()
         say = "new code: serving at %s, workers=%d" if before else "serving at %s, workers=%d"
-        log.info(say, server._where(), server.workers)
+        log.info(say, address_of(server.socket), server.workers)
         if is_root() and server.user is None: log.debug("the application runs as root: user= lets it run as another")
         server.started()
 
@@ -228,7 +229,8 @@ class Master:
 
     def _tell_ready(self, status: str = "") -> None:
         self.told_ready = True
-        notify(READY=1, STATUS=status or f"{self.wanted} worker{'s' * (self.wanted != 1)} at {self.server._where()}")
+        workers = f"{self.wanted} worker{'s' * (self.wanted != 1)}"
+        notify(READY=1, STATUS=status or f"{workers} at {address_of(self.server.socket)}")
 
     def _retire(self, child: Child) -> None:
         log.debug("worker is let go pid=%d", child.pid)
@@ -555,11 +557,6 @@ def text(data: bytes, keep: str = "") -> str:
 def pause(failures: int) -> float:
     "Seconds before a worker is replaced, after so many that died young."
     return min(.1 * 2 ** min(failures, 9), SLOWEST) if failures else 0
-
-
-def flush() -> None:
-    for f in (sys.stdout, sys.stderr):
-        with suppress(Exception): f.flush()
 
 
 def reopen_logs() -> None:

@@ -17,7 +17,7 @@ from socketserver import ForkingMixIn, TCPServer, ThreadingMixIn, UnixStreamServ
 from typing import TYPE_CHECKING, Any
 
 from . import forks, reexec
-from .addresses import Address, allowed_peers, parse_address, peer_allowed
+from .addresses import allowed_peers, parse_address, peer_allowed
 from .privileges import drop, is_root, is_us
 from .signals import Alarm
 from .sockets import listen, remove
@@ -207,11 +207,6 @@ class PreForkMixIn(Base):
 
     def started(self) -> None:
         "Override this: the master, or where there is none this process, serves, and signals stop it as they should."
-
-    def _where(self) -> str:
-        "Our address, as it is written."
-        name: Any = self.server_address
-        return str(Address("tcp", "", *name[:2]) if isinstance(name, tuple) else Address("unix", os.fsdecode(name)))
 
     def _observed(self) -> bool:
         "Whether somebody wants to know what the workers do."

@@ -9,12 +9,13 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from .connection import Exchange, Limits, status_page
 from .core import Bytes
 
-__all__ = ("FcgiRequest",)
+__all__ = ("FcgiRequest", "about", "theirs")
 
 log = logging.getLogger("fastcgi.handler")
 stderr_log = logging.getLogger("fastcgi.stderr")
@@ -145,11 +146,16 @@ def about(exchange: Exchange) -> str:
     return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
 
 
+def theirs(tb: TracebackType | None) -> TracebackType | None:
+    "A traceback from the application's first line on; None if all of it is ours."
+    ours = os.path.dirname(__file__)
+    while tb and os.path.dirname(tb.tb_frame.f_code.co_filename) == ours: tb = tb.tb_next
+    return tb
+
+
 def _trace(e: Exception) -> str:
     "The traceback, from the application's first line on."
-    tb, ours = e.__traceback__, os.path.dirname(__file__)
-    while tb and os.path.dirname(tb.tb_frame.f_code.co_filename) == ours: tb = tb.tb_next
-    text = "".join(traceback.format_exception(type(e), e, tb or e.__traceback__))
+    text = "".join(traceback.format_exception(type(e), e, theirs(e.__traceback__) or e.__traceback__))
     return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates are no text for a log
 
 

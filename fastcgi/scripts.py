@@ -25,7 +25,9 @@ from typing import Any, NoReturn
 
 from .cgi import Answer, arguments, directory, environment
 from .errors import ConnectionLost, RequestAborted
+from .forks import flush
 from .programs import ProgramHandler, set_limits
+from .request import theirs
 from .stdio import standard_streams
 
 __all__ = ("ScriptHandler",)
@@ -78,7 +80,7 @@ class ScriptHandler(ProgramHandler):
 
     def _fork(self, code: CodeType, argv: list[str]) -> None:
         for name in self.preload: import_module(name)
-        _flush()  # or the child has it too
+        flush()  # or the child has it too
         pipes = os.pipe(), os.pipe(), os.pipe()
         (stdin, our_stdin), (our_stdout, stdout), (our_stderr, stderr) = pipes
         try: pid = os.fork()
@@ -142,7 +144,6 @@ class _Child:
 
 # Code
 
-_HERE = os.path.dirname(__file__)
 _compiled: dict[str, tuple[Signature, CodeType]] = {}
 
 
@@ -195,19 +196,13 @@ def _exit(error: BaseException | None, *last: Callable[[], object]) -> NoReturn:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             if error.code is not None and not isinstance(error.code, int): print(error.code, file=sys.stderr)
         elif error:
-            status, tb = 1, error.__traceback__
-            while tb and os.path.dirname(tb.tb_frame.f_code.co_filename) == _HERE: tb = tb.tb_next
+            status, tb = 1, theirs(error.__traceback__)
             sys.excepthook(type(error), error.with_traceback(tb), tb)
     for func in last:  # threads end, and what was registered is called
         with suppress(BaseException): func()
-    for close in (_flush, sys.modules["__main__"].__dict__.clear, _flush):
+    for close in (flush, sys.modules["__main__"].__dict__.clear, flush):
         with suppress(BaseException): close()
     os._exit(status & 0xFF)
-
-
-def _flush() -> None:
-    for f in (sys.stdout, sys.stderr):
-        with suppress(Exception): f.flush()
 
 
 # What is put back

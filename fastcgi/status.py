@@ -19,6 +19,7 @@ from select import POLLIN, poll
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, NamedTuple
 
+from .addresses import address_of
 from .handler import FcgiHandler
 from .request import FcgiRequest
 from .scoreboard import BOUNDS, Row, Scoreboard, Totals
@@ -281,10 +282,9 @@ def _unix_queue(sock: socket.socket) -> tuple[int, int] | None:
 
 
 def _pool(sock: socket.socket) -> str:
-    try: name = sock.getsockname()
+    try: address = address_of(sock)
     except OSError: return "?"
-    if isinstance(name, tuple): return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
-    return os.fsdecode(name).encode("utf-8", "backslashreplace").decode() or "?"
+    return (address.path or str(address)).encode("utf-8", "backslashreplace").decode() if any(address[1:4]) else "?"
 
 
 # Answers
