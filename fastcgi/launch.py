@@ -19,6 +19,7 @@ from typing import IO, Any
 from .addresses import parse_address
 from .apps import App, AppError, AppServer, find, server_for
 from .decorator import LOG_FORMAT, inherited_address
+from .privileges import group_id, user_id
 from .reexec import is_trial
 from .settings import SETTINGS, Given
 from .watch import changes
@@ -64,9 +65,9 @@ class Plan:
         folder = os.path.dirname(address.path) or "."
         if address.kind == "unix" and not os.path.isdir(folder):
             raise LaunchError(f"no such directory: {folder}; create it first")
-        for name, look_up in (("user", _user), ("group", _group), ("listen_owner", _user), ("listen_group", _group)):
-            if (who := self.of["server"].get(name)) and not str(who).isdigit() and not look_up(who):
-                raise LaunchError(f"no such {'user' if look_up is _user else 'group'}: {who}")
+        for name, look_up in (("user", user_id), ("group", group_id), ("listen_owner", user_id),
+                              ("listen_group", group_id)):
+            if who := self.of["server"].get(name): look_up(who)
         return f"{app} can be served at {address}"
 
     def serve(self) -> None:
@@ -178,15 +179,3 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError: return False
     except (PermissionError, OverflowError): pass
     return pid > 0
-
-
-def _user(name: str) -> bool:
-    import pwd
-    with suppress(KeyError): return bool(pwd.getpwnam(name))
-    return False
-
-
-def _group(name: str) -> bool:
-    import grp
-    with suppress(KeyError): return bool(grp.getgrnam(name))
-    return False

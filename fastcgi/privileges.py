@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from .addresses import AddressError
 
-__all__ = ("drop", "is_root", "is_us", "look_up")
+__all__ = ("drop", "group_id", "is_root", "is_us", "look_up", "user_id")
 
 log = logging.getLogger("fastcgi.server")
 
@@ -37,7 +37,7 @@ def look_up(
     entry = None if user is None else _user(user)
     uid = None if user is None else entry.pw_uid if entry else int(user)
     gid = entry.pw_gid if entry else None
-    if group is not None: gid = _group(group)
+    if group is not None: gid = group_id(group)
     if gid is None:
         if user is not None: raise AddressError(f"user {user} has no entry, so no group: give a group too")
         return uid, None, [], None
@@ -54,7 +54,14 @@ def _user(user: str | int) -> pwd.struct_passwd | None:
     return None
 
 
-def _group(group: str | int) -> int:
+def user_id(user: str | int) -> int:  # a name or an id
+    "Raises `AddressError` for a name that is not known, and for what cannot be an id."
+    entry = _user(user)
+    return entry.pw_uid if entry else int(user)
+
+
+def group_id(group: str | int) -> int:  # a name or an id
+    "Raises as `user_id`."
     with suppress(KeyError, OverflowError):
         if isinstance(group, str): return grp.getgrnam(group).gr_gid
     if not _is_id(group): raise AddressError(f"no such group: {group}")

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from .addresses import Address, AddressError, AddressLike, parse_address
+from .privileges import group_id, user_id
 
 __all__ = ("UnixListener", "above_streams", "is_listening", "listen", "no_delay", "remove", "systemd_sockets")
 
@@ -137,8 +138,7 @@ def _listen_unix(
 ) -> UnixListener:
     if (n := len(os.fsencode(path))) > MAX_PATH:
         raise AddressError(f"socket path too long: {n} bytes, at most {MAX_PATH}; choose a shorter one than {path}")
-    uid = _id("user", user, lambda o: pwd.getpwnam(o).pw_uid)
-    gid = _id("group", group, lambda o: grp.getgrnam(o).gr_gid)
+    uid, gid = -1 if user is None else user_id(user), -1 if group is None else group_id(group)
     folder, name = os.path.split(path)
     if name in ("", ".", ".."): raise AddressError(f"not a socket at that path: {path} is a directory; choose another")
     bits = mode if mode is not None else 0o600 if gid == -1 else 0o660
@@ -154,15 +154,6 @@ def _listen_unix(
         log.info("socket is for this user alone: path=%s mode=0600; to let the web server in, give its group, as in "
                  "group='www-data'", path)
     return sock
-
-
-def _id(kind: str, name: str | int | None, look_up: Callable[[str], int]) -> int:
-    "The id of a user or group, -1 for None."
-    if name is None: return -1
-    if isinstance(name, str):
-        with suppress(KeyError): return look_up(name)
-    if re.fullmatch("[0-9]{1,10}", str(name)) and int(name) < 2**32 - 1: return int(name)
-    raise AddressError(f"no such {kind}: {name}")
 
 
 @contextmanager
