@@ -452,6 +452,21 @@ class Program(subprocess.Popen):
         super().__exit__(*exc)
 
 
+class WithWorkers:
+    "A program that serves with workers: where it listens, its process, and theirs."
+
+    def __init__(self, app: Program, address) -> None: self.app, self.address, self.pid = app, address, app.pid
+
+    @property
+    def workers(self) -> set[int]: return set(children(self.pid))
+
+    def asked(self, query: str, body: bytes, sock: socket.socket | None, keep: bool) -> Answer:
+        "The answer to a request, on a connection of its own unless there is one."
+        data = request(body, keep=keep, QUERY_STRING=query)
+        if sock: return exchange(sock, data)
+        with connect(self.address) as sock: return exchange(sock, data)
+
+
 def processes(session: int) -> list[int]:
     "Those of a session that run."
     return [pid for pid, state, _, sid in _stats() if sid == session and state != "Z"]

@@ -3,7 +3,7 @@
 A request's answer is right if it is whole, has status 200 and repeats the request's own number. Anything else is a
 failure, and kept with its reason. No client ever asks again: what did not work the first time has failed.
 """
-import os
+import os  # noqa: I001 - in rows
 import re
 import socket
 import subprocess
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import helpers as h
 from commands import environ
-from frontends.servers import COMMANDS, PATH, Frontend, connects, free_port, short_dir, stop, wait_until, which
+from frontends.servers import (CADDY, COMMANDS, NGINX, PATH, Frontend, connects, free_port, short_dir, stop,
+                               wait_until, which)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/scale-out"
@@ -203,17 +204,7 @@ def at_rest(pids) -> list[int]:
 
 # The examples
 
-AROUND = {  # what a distribution's main file has, from which the example is read
-    "Caddyfile": "{{\n\tadmin off\n\tauto_https off\n\tstorage file_system {tmp}/caddy\n}}\nimport {file}\n",
-    "nginx.conf": """daemon off; worker_processes 1; pid {tmp}/nginx.pid; error_log {tmp}/error.log info;
-events {{ worker_connections 1024; }}
-http {{
-    access_log off; client_body_temp_path {tmp}/1; fastcgi_temp_path {tmp}/2; proxy_temp_path {tmp}/3;
-    uwsgi_temp_path {tmp}/4; scgi_temp_path {tmp}/5;
-    include {file};
-}}
-""",
-    "haproxy.cfg": None}
+AROUND = {"Caddyfile": CADDY, "nginx.conf": NGINX, "haproxy.cfg": None}
 PROGRAMS = {"Caddyfile": "caddy", "nginx.conf": "nginx", "haproxy.cfg": "haproxy"}
 
 

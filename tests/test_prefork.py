@@ -14,8 +14,8 @@ from socketserver import StreamRequestHandler, ThreadingMixIn
 
 import pytest
 from frontends.servers import wait_until
-from helpers import (DEADLINE, PARAMS, STDIN, Program, Reader, answers, begin, children, connect, exchange, params,
-                     processes, read_all, rec, request, serve, stream)
+from helpers import (DEADLINE, PARAMS, STDIN, Program, Reader, WithWorkers, answers, begin, children, connect, exchange,
+                     params, processes, read_all, rec, request, serve, stream)
 
 from fastcgi import master, worker
 from fastcgi.handler import FcgiHandler
@@ -97,21 +97,12 @@ print("done", flush=True)
 '''
 
 
-class Server:
-    "The program `APP`: where it listens, its process, its workers."
-
-    def __init__(self, app, address): self.app, self.address, self.pid = app, address, app.pid
-
-    @property
-    def workers(self): return set(children(self.pid))
+class Server(WithWorkers):
+    "The program `APP`."
 
     def ask(self, do="", body=b"", sock=None, keep=False):
         "Send a request, perhaps on a new connection; pid and body of its answer."
-        data = request(body, keep=keep, QUERY_STRING=do)
-        if sock: res = exchange(sock, data)
-        else:
-            with connect(self.address) as sock: res = exchange(sock, data)
-        pid, _, body = res.body.partition(b" ")
+        pid, _, body = self.asked(do, body, sock, keep).body.partition(b" ")
         return int(pid), body
 
     def begin(self, sock, do="begin"):

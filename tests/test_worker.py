@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 from frontends.servers import wait_until
-from helpers import (DEADLINE, PARAMS, STDIN, Program, Reader, answers, begin, children, connect, exchange, params,
-                     read_all, rec, request, serve, stream, talk)
+from helpers import (DEADLINE, PARAMS, STDIN, Program, Reader, WithWorkers, answers, begin, children, connect, exchange,
+                     params, read_all, rec, request, serve, stream, talk)
 
 from fastcgi import worker
 from fastcgi.cgi import CGIHandler
@@ -85,19 +85,12 @@ print("done", flush=True)
 '''
 
 
-class Server:
-    "The program `APP`: where it listens, its process, its workers."
-
-    def __init__(self, app, address): self.app, self.address, self.pid = app, address, app.pid
-
-    @property
-    def workers(self): return set(children(self.pid))
+class Server(WithWorkers):
+    "The program `APP`."
 
     def ask(self, do="", body=b"", sock=None, keep=False):
         "Send a request, perhaps on a new connection; pid, thread and text of its answer."
-        data = request(body, keep=keep, QUERY_STRING=do)
-        if sock: return parts(exchange(sock, data))
-        with connect(self.address) as sock: return parts(exchange(sock, data))
+        return parts(self.asked(do, body, sock, keep))
 
     def connect(self, stack, n=1):
         "Connections for as long as `stack` lasts."

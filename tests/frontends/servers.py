@@ -42,6 +42,17 @@ COMMANDS = {
     "h2o":      "h2o -m worker -c {}",
     "haproxy":  "haproxy -db -f {}"}
 
+# what a distribution's main file has, from which a site's is read
+CADDY = "{{\n\tadmin off\n\tauto_https off\n\tstorage file_system {tmp}/caddy\n}}\nimport {file}\n"
+NGINX = """daemon off; worker_processes 1; pid {tmp}/nginx.pid; error_log {tmp}/error.log info;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off; client_body_temp_path {tmp}/1; fastcgi_temp_path {tmp}/2; proxy_temp_path {tmp}/3;
+    uwsgi_temp_path {tmp}/4; scgi_temp_path {tmp}/5;
+    include {file};
+}}
+"""
+
 # how each writes the application's address: a Unix socket, a TCP port
 UPSTREAMS = {
     "caddy":    ("unix/{}", "{}:{}"),

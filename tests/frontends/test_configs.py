@@ -1,12 +1,13 @@
 """What `fastcgi config` prints, loaded into the real web servers as it is printed, and asked through them."""
-import http.client
+import http.client  # noqa: I001 - in rows
 import json
 import subprocess
 from base64 import b64encode
 from contextlib import contextmanager
 
 import pytest
-from frontends.servers import COMMANDS, MODULES, PATH, Frontend, application, free_port, short_dir, stop, which
+from frontends.servers import (CADDY, COMMANDS, MODULES, NGINX, PATH, Frontend, application, free_port, short_dir,
+                               stop, which)
 
 from fastcgi.addresses import parse_address
 from fastcgi.configs import SERVERS, ConfigError, Site, render, units
@@ -14,15 +15,7 @@ from fastcgi.handler import FcgiHandler
 
 # what a distribution's main file has, from which the printed one is read
 AROUND = {
-    "caddy": "{{\n\tadmin off\n\tauto_https off\n\tstorage file_system {tmp}/caddy\n}}\nimport {file}\n",
-    "nginx": """daemon off; worker_processes 1; pid {tmp}/nginx.pid; error_log {tmp}/error.log info;
-events {{ worker_connections 64; }}
-http {{
-    access_log off; client_body_temp_path {tmp}/1; fastcgi_temp_path {tmp}/2; proxy_temp_path {tmp}/3;
-    uwsgi_temp_path {tmp}/4; scgi_temp_path {tmp}/5;
-    include {file};
-}}
-""",
+    "caddy": CADDY, "nginx": NGINX,
     "apache": """ServerRoot {tmp}
 ServerName localhost
 DefaultRuntimeDir {tmp}
