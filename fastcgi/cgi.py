@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from .connection import status_page
 from .core import MAX_CONTENT, Bytes
-from .framing import HEAD_END
+from .grammar import HEAD_END, RAW_TOKEN
 from .handler import FcgiHandler
 from .request import Lazy
 from .streams import OutputStream
@@ -32,8 +32,7 @@ log = logging.getLogger("fastcgi.handler")
 _OURS = re.compile(r"LD_|DYLD_|PYTHON|PERL5|MALLOC_|GCONV_|BASH_|(PATH|HOME|SHELL|IFS|ENV|CDPATH|HTTP_PROXY)\Z")
 
 
-_NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELD = re.compile(_NAME + rb":[^\r\n\0]*")
+_FIELD = re.compile(RAW_TOKEN + rb":[^\r\n\0]*")
 _FIELDS = re.compile(rb"(?:" + _FIELD.pattern + rb"\r?\n)*")
 _BLOCK = re.compile(_FIELDS.pattern + rb"\r?\n")  # a whole header block; an empty one is known to all web servers
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from . import core
 from .core import FCGI_KEEP_CONN, HEADER, MAX_CONTENT, Bytes, Request, Role, Status
 from .errors import ConnectionLost, FcgiError, LimitExceeded, LocalProtocolError, RemoteProtocolError
-from .framing import COLLECT, HEAD_END, SKIP, STREAM, Framing, Input
+from .framing import COLLECT, SKIP, STREAM, Framing, Input
+from .grammar import HEAD_END, RAW_TOKEN
 
 __all__ = ("ClientConnection", "ClientLimits", "Headers", "Head", "parse_head", "Call", "ClientEvent", "ResponseHead",
            "Stdout", "Stderr", "Failed", "EndRequest", "Values", "UnknownType")
@@ -25,7 +26,7 @@ __all__ = ("ClientConnection", "ClientLimits", "Headers", "Head", "parse_head", 
 (BEGIN_REQUEST, ABORT_REQUEST, END_REQUEST, PARAMS, STDIN, STDOUT, STDERR, DATA, GET_VALUES, GET_VALUES_RESULT,
  UNKNOWN_TYPE) = map(int, Request)
 VALUES = "FCGI_MAX_CONNS", "FCGI_MAX_REQS", "FCGI_MPXS_CONNS"  # what the specification lets a web server ask (4.1)
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?")
+_FIELD = re.compile(rb"(" + RAW_TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)\r?")
 _STATUS = re.compile(r"([1-9][0-9]{2})(?: +(.*))?", re.ASCII)
 
 Params = Mapping[str, str] | Mapping[bytes, bytes]

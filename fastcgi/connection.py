@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from . import core
 from .core import BEGIN_BODY, FCGI_KEEP_CONN, HEADER, MAX_CONTENT, Bytes, Request, Role, Status
 from .errors import ConnectionLost, LimitExceeded, LocalProtocolError, RemoteProtocolError, RequestAborted
-from .framing import COLLECT, HEAD_END, SKIP, STREAM, Framing, Input
+from .framing import COLLECT, SKIP, STREAM, Framing, Input
+from .grammar import HEAD_END
 from .native import mypyc_attr
 
 __all__ = ("Connection", "Exchange", "Limits", "Event", "BeginRequest", "Stdin", "StdinEnd",

@@ -4,18 +4,16 @@ No rule of who may send what is known here; that is `connection`, and for the we
 """
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from . import core
 from .core import FCGI_VERSION_1, HEADER, Bytes
 from .native import mypyc_attr
 
-__all__ = ("Framing", "Input", "SKIP", "STREAM", "COLLECT", "HEAD_END")
+__all__ = ("Framing", "Input", "SKIP", "STREAM", "COLLECT")
 
 SKIP, STREAM, COLLECT = 0, 1, 2  # what becomes of a record's content
 _LARGE = 1 << 14  # bytes of content from which on it is not copied out of what arrived, see `Framing._large`
-HEAD_END = re.compile(rb"\A\r?\n|\n\r?\n")  # a CGI header block ends with its blank line (RFC 3875 6.2)
 _COALESCE = 4096  # bytes; smaller pieces of input are kept together, so that tiny records cost no object each
 
 

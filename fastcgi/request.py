@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from .connection import Exchange, Limits, status_page
 from .core import Bytes
+from .grammar import RAW_TOKEN
 
 __all__ = ("FcgiRequest", "about", "theirs")
 
@@ -66,7 +67,7 @@ class FcgiRequest(Limits):
     keep_conn: bool
     app_status: int
     _exchange: Exchange
-    _begins = staticmethod(re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:|\r?\n").match)  # a CGI answer (RFC 3875 6.2)
+    _begins = staticmethod(re.compile(RAW_TOKEN + rb":|\r?\n").match)  # a CGI answer (RFC 3875 6.2)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         "`stderr = \"log\"` in a class body is the policy `stderr_to`, since `self.stderr` is a file."

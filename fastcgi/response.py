@@ -11,13 +11,15 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from .grammar import TOKEN
+
 __all__ = ("HttpResponseMixin", "AsyncHttpResponseMixin", "pack_head", "pack_raw_head", "pack_native_head", "has_body",
            "reason")
 
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-connection", "te", "trailer",
               "transfer-encoding", "upgrade"}  # the web server's affair (RFC 9110 7.6.1)
 NOT_SENT = HOP_BY_HOP | {"status"}  # in a CGI response that is no header of HTTP's, and `pack_head` has said it
-_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a token (RFC 9110 5.1)
+_NAME = re.compile(TOKEN)
 _BREAK = re.compile(r"[\r\n\0]")
 _PHRASES = {o.value: o.phrase for o in HTTPStatus}
 
