@@ -236,16 +236,15 @@ def test_more_workers_and_fewer_after_a_reload(run):
 
 def test_reloads_leak_no_descriptors_and_no_processes(run):
     srv = run("    slow_log = 9\n    request_timeout = 9")
-    def look(): return sorted(os.readlink(f"/proc/{srv.pid}/fd/{o}").partition(":")[0]
-                              for o in os.listdir(f"/proc/{srv.pid}/fd"))
-    seen = []
-    for i in range(2, 5):
+    def look(): return len(os.listdir(f"/proc/{srv.pid}/fd"))
+    most = 0  # at the first look some may be open for a moment: fewer than as many reloads would leak
+    for i in range(2, 10):
         srv.change(f"v{i}", "    slow_log = 9\n    request_timeout = 9")
         srv.reload()
         srv.serves(f"v{i}")
         wait_until(lambda: len(srv.workers) == 2, "the end of the old ones")
-        wait_until(lambda: not seen or look() == seen[0], "the same descriptors")
-        seen.append(look())
+        wait_until(lambda most=most: not most or look() <= most, "the same descriptors")
+        most = most or look()
     assert srv.app.stop() == 0
 
 
