@@ -204,8 +204,8 @@ def unpack_params(
     if isinstance(data, memoryview): data = bytes(data)
     end, at, n = len(data), 0, 0
     ascii = data.isascii()
+    text = data.decode("ascii") if ascii else data.decode("latin-1")  # one character a byte: decode once, slice often
     data = b"".join((data, b"\x80"))  # a sentinel: with a last odd byte it makes a pair that passes the end
-    text = data.decode("latin-1")  # one character a byte: decode once, slice often
     params: dict[str, str] = {}
     while at < end:
         if n == max_pairs: raise LimitExceeded("max_pairs", max_pairs, n + 1)

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -294,12 +294,13 @@ def test_threads_that_cannot_be(short_dir, policy, said):
 
 def busy_and_parked(srv, stack, n=10):
     "A worker with a long request, that connection, and others that it has parked."
-    kept = []
-    first, = srv.connect(stack)
-    pid = srv.ask(sock=first, keep=True)[0]
-    while len(kept) < n:
+    theirs = defaultdict(list)
+    while True:  # of two workers one has enough soon
         sock, = srv.connect(stack)
-        if srv.ask(sock=sock, keep=True)[0] == pid: kept.append(sock)
+        pid = srv.ask(sock=sock, keep=True)[0]
+        theirs[pid].append(sock)
+        if len(theirs[pid]) > n: break
+    first, *kept = theirs[pid]
     assert srv.begin(first, keep=True)[0] == pid
     return pid, first, kept
 
