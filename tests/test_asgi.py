@@ -142,7 +142,7 @@ def test_addresses(environ, client, server):
 
 
 def test_names_that_clients_make_up_do_not_fill_memory():
-    from fastcgi.asgi import _NAMES
+    from fastcgi.scope import _NAMES
     for i in range(3000): assert (b"x-%d" % i, b"v") in scope(**{f"HTTP_X_{i}": "v"})["headers"]
     assert len(_NAMES) <= 1000
 

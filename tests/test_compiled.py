@@ -20,11 +20,11 @@ TESTS = {
     "engine": ("test_core.py", "test_connection.py", "test_vectors.py", "test_roles.py", "test_client.py"),
     "handlers": ("test_handler.py", "test_streams.py", "conformance", "test_aio.py"),
     "workers": ("test_worker.py", "test_slow_readers.py"),
-    "applications": ("test_wsgi.py", "test_wsgi_server.py", "test_decorator.py", "test_reload.py")}
+    "applications": ("test_wsgi.py", "test_wsgi_server.py", "test_asgi.py", "test_decorator.py", "test_reload.py")}
 WITHOUT = "import sys; sys.modules['mypyc'] = None; from setuptools import build_meta"
 CODE = """
-from fastcgi import connection, core, framing, session, streams, worker
-for o in connection, core, framing, session, streams, worker: print(o.__file__)
+from fastcgi import connection, core, framing, paths, scope, session, streams, worker
+for o in connection, core, framing, paths, scope, session, streams, worker: print(o.__file__)
 """
 
 pytestmark = [
