@@ -180,6 +180,7 @@ class Session(asyncio.Protocol):
 
     async def drain(self) -> None:
         "Wait until the transport takes more. Of many that wait, whoever fills it first leaves the others waiting."
+        if self.transport.is_closing(): await asyncio.sleep(0)  # it may just have failed, which the loop has to tell us
         while self.writable: await self.writable.wait()
 
     def control_flow(self) -> None:
@@ -277,8 +278,8 @@ def _gone(transport: asyncio.Transport) -> bool:
 
 
 def _waits(task: asyncio.Task[None]) -> bool:
-    "Whether it has not begun."
-    return inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED  # type: ignore[arg-type]
+    "Whether it has not begun. One that has ended without a wait (3.12) keeps no coroutine."
+    return not task.done() and inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED  # type: ignore[arg-type]
 
 
 def run_task(coro: Any, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:

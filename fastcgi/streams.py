@@ -246,7 +246,7 @@ def _after(wait: float | None) -> float | None: return None if wait is None else
 def _until(end: float | None) -> float | None: return None if end is None else max(end - monotonic(), 0)
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
+@mypyc_attr(native_class=False)
 class InputStream(io.BufferedIOBase):
     "STDIN or DATA of a request: ends where the stream ends, then gives b''. Reading may raise `RequestAborted`."
 
@@ -290,7 +290,7 @@ class InputStream(io.BufferedIOBase):
         return b"".join(parts)
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
+@mypyc_attr(native_class=False)
 class OutputStream(io.BufferedIOBase):
     "STDOUT or STDERR of a request. Never raises because of the peer: what nobody will read is dropped."
     held = False  # `flush` does nothing: the request is about to end, and its output leaves with END_REQUEST

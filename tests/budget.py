@@ -53,6 +53,13 @@ def asked(params=USUAL, body=b"", keep=False) -> bytes:
 def instructions(call: Callable[[], object]) -> int:
     "How many the library executes in `call`, at its second time: nothing is loaded or cached for the first time."
     call()
+    gc.collect()
+    gc.disable()
+    try: return (traced if sys.version_info < (3, 12) else monitored)(call)
+    finally: gc.enable()
+
+
+def traced(call: Callable[[], object]) -> int:
     count = 0
 
     def trace(frame, event, _):
@@ -62,14 +69,30 @@ def instructions(call: Callable[[], object]) -> int:
         count += event == "opcode"
         return trace
 
-    gc.collect()
-    gc.disable()
     before = sys.gettrace()
     sys.settrace(trace)
     try: call()
+    finally: sys.settrace(before)
+    return count
+
+
+def monitored(call: Callable[[], object]) -> int:
+    "As `traced`, where Python has a quicker way, and loses some of its events in the other."
+    count, tool = 0, sys.monitoring
+    events = tool.events.INSTRUCTION
+
+    def instruction(code, offset):
+        nonlocal count
+        if not code.co_filename.startswith(PACKAGE): return tool.DISABLE
+        count += 1
+
+    tool.use_tool_id(tool.PROFILER_ID, "budget")
+    tool.register_callback(tool.PROFILER_ID, events, instruction)
+    tool.set_events(tool.PROFILER_ID, events)
+    try: call()
     finally:
-        sys.settrace(before)
-        gc.enable()
+        tool.set_events(tool.PROFILER_ID, 0)
+        tool.free_tool_id(tool.PROFILER_ID)
     return count
 
 

@@ -3,6 +3,7 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 import time
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -565,6 +566,29 @@ def test_a_client_that_leaves_while_it_is_sent_to(run, path, caplog):
             await asyncio.wait_for(raised.wait(), h.DEADLINE)
             await stands_still(lambda: len(server.tasks))
             assert not server.tasks and not server.sessions
+    run(main())
+
+
+def test_a_client_that_leaves_between_two_pieces(run, path):
+    "Who sends and sends waits for nothing once a send has failed, but learns of it all the same."
+    async def main():
+        raised = asyncio.Event()
+
+        async def app(scope, receive, send):
+            await send(start())
+            await send(body(b"begun", True))
+            await sent.wait()
+            sock.close()
+            try:
+                for _ in range(9999): await send(body(bytes(65536), True))
+            except OSError: raised.set()
+
+        async with served(app, path):
+            sent, sock = asyncio.Event(), socket.socket(socket.AF_UNIX)
+            sock.connect(str(path))
+            sock.sendall(h.request())
+            sent.set()
+            await asyncio.wait_for(raised.wait(), h.DEADLINE)
     run(main())
 
 

@@ -82,7 +82,8 @@ class App:
         for name in "fastcore", *NEEDS.get(self.framework, (self.framework,)): copy_distribution(name, lib)
         for o in Path(fastcgi.__file__).parent, EXAMPLES:
             if not (to := lib / o.name).exists(): copytree(o, to, ignore=not_needed)
-        code = f"import sys; sys.path[:0] = [{str(lib)!r}]; import fastcgi, {self.framework}"
+        code = f"import sys; assert sys.version_info[:2] == {sys.version_info[:2]}\n" \
+               f"sys.path[:0] = [{str(lib)!r}]; import fastcgi, {self.framework}"  # what was installed is for that one
         for python in (sys.executable, "/usr/bin/python3"):
             try: done = subprocess.run([python, "-c", code], user=user, cwd="/", timeout=30, capture_output=True)
             except PermissionError: continue
