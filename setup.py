@@ -20,7 +20,7 @@ licenses = {"apache2": "Apache-2.0"}
 statuses = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 lowest, newest = (int(cfg[o].removeprefix("3.")) for o in ("min_python", "max_python"))
 
-COMPILED = [f"fastcgi/{o}.py" for o in "core framing connection streams session worker paths scope".split()]
+COMPILED = [f"fastcgi/{o}.py" for o in "core framing connection channel session worker paths scope".split()]
 MYPYC = ["mypy>=1.11"]
 
 

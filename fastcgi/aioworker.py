@@ -47,6 +47,7 @@ class AsyncWorker:
         loop = event_loop(self.server.loop)()
         try:
             asyncio.set_event_loop(loop)
+            loop.set_exception_handler(_report)
             loop.run_until_complete(self._serve(loop))
         finally:
             try: _clean_up(loop)
@@ -192,6 +193,11 @@ def event_loop(kind: str) -> Callable[[], asyncio.AbstractEventLoop]:
     if kind == "asyncio" or kind == "auto" and not find_spec("uvloop"): return asyncio.new_event_loop
     try: return import_module("uvloop").new_event_loop  # type: ignore[no-any-return]
     except ImportError as e: raise ValueError(f"loop='uvloop' needs the package uvloop: {e}") from None
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    "As ever; but the second signal, which ends us wherever we are, is no error of the task that it came in."
+    if not isinstance(context.get("exception"), KeyboardInterrupt): loop.default_exception_handler(context)
 
 
 def _clean_up(loop: asyncio.AbstractEventLoop) -> None:

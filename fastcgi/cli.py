@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
@@ -207,6 +207,12 @@ class _Help(RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         from shutil import get_terminal_size
         super().__init__(prog, max_help_position=32, width=min(get_terminal_size().columns, WIDTH) - 2)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        "As Python does it since 3.13: `-c, --config CONFIG`."
+        if not action.option_strings or action.nargs == 0: return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
 
 
 def _parse(name: str, args: list[str]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from socketserver import BaseRequestHandler
 from typing import Any
 
 from . import forks
+from .channel import Channel
 from .core import Bytes, Request
 from .errors import ConnectionLost, RequestAborted
 from .request import FcgiRequest, Lazy, crlf, write_log
 from .session import Session
-from .streams import Channel, InputStream, OutputStream, read
+from .streams import InputStream, OutputStream
 
 __all__ = ("FcgiHandler",)
 
@@ -48,7 +49,7 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
     def read(self, sz: int = -1) -> bytes:
         "`sz` bytes of STDIN, fewer only at its end; all if negative. b'' at the end. May raise `RequestAborted`."
         stream = self._exchange.stdin
-        return stream.take() if stream.ended and sz < 0 else read(self._channel, self._exchange, stream, sz)
+        return stream.take() if stream.ended and sz < 0 else self._channel.read(self._exchange, stream, sz)
 
     def readinto(self, buf: bytearray | memoryview) -> int:
         "Fill `buf` from STDIN; how many bytes were read, fewer than it holds only at the end."

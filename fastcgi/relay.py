@@ -15,8 +15,8 @@ from time import monotonic
 from typing import Protocol
 
 from .cgi import Answer
+from .channel import RECV
 from .handler import FcgiHandler
-from .streams import RECV
 
 __all__ = ("Relay", "Process")
 

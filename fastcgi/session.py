@@ -10,9 +10,9 @@ from socketserver import ForkingMixIn, ThreadingMixIn
 from time import monotonic
 from typing import Any
 
+from .channel import Channel
 from .connection import Connection, Exchange
 from .request import FRESH
-from .streams import Channel
 
 __all__ = ("Session",)
 

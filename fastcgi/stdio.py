@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from .cgi import Answer
+from .channel import RECV
 from .handler import FcgiHandler
-from .streams import RECV
 
 __all__ = ("standard_streams",)
 

@@ -260,6 +260,7 @@ class _NoInput(InputStream):
 
 class _Ended:
     def fill(self, exchange: None, stream: Input) -> bool: return False
+    def read(self, exchange: None, stream: Input, size: int) -> bytes: return b""
 
 
 NO_INPUT = _NoInput()

@@ -836,16 +836,18 @@ def test_the_lifespan_is_the_workers(path):
 
 
 STARTING = """
-import asyncio, json, logging, os, sys
+import asyncio, json, logging, os, signal, sys
 from fastcgi import PreForkUnixServer
 from fastcgi.asgi import ASGIHandler
 
 address, gate, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+signals = options.pop("signals", 0)
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 
 async def app(scope, receive, send):
     await receive()
     print("startup", flush=True)
+    for _ in range(signals): os.kill(os.getpid(), signal.SIGTERM)
     try:
         while not os.path.exists(gate): await asyncio.sleep(.01)
     except asyncio.CancelledError: print("cancelled", flush=True)
@@ -897,6 +899,12 @@ def test_a_second_signal_ends_a_startup_at_once(starting, workers):
     program, start = starting(workers=workers), time.monotonic()
     for signum in signal.SIGTERM, signal.SIGINT: program.send_signal(signum)
     assert program.ended() == 0 and time.monotonic() - start < 5 and program.said().endswith("done\n")
+    assert "ended at once" in program.said() and "Traceback" not in program.said()
+
+
+def test_a_second_signal_that_comes_in_a_task_is_no_error_of_it(starting):
+    program = starting(workers=0, signals=2)
+    assert program.ended() == 0 and program.said().endswith("done\n")
     assert "ended at once" in program.said() and "Traceback" not in program.said()
 
 

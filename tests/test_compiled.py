@@ -23,8 +23,8 @@ TESTS = {
     "applications": ("test_wsgi.py", "test_wsgi_server.py", "test_asgi.py", "test_decorator.py", "test_reload.py")}
 WITHOUT = "import sys; sys.modules['mypyc'] = None; from setuptools import build_meta"
 CODE = """
-from fastcgi import connection, core, framing, paths, scope, session, streams, worker
-for o in connection, core, framing, paths, scope, session, streams, worker: print(o.__file__)
+from fastcgi import channel, connection, core, framing, paths, scope, session, worker
+for o in channel, connection, core, framing, paths, scope, session, worker: print(o.__file__)
 """
 
 pytestmark = [

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from fastcgi.connection import Connection, Exchange, Limits
 from fastcgi.framing import Input
 from fastcgi.errors import ConnectionLost, LocalProtocolError, RequestAborted
-from fastcgi.streams import MORE, RECV, Channel, InputStream, OutputStream
+from fastcgi.channel import MORE, RECV, Channel
+from fastcgi.streams import InputStream, OutputStream
 
 HEAD = b"Content-Type: text/plain\r\n\r\n"
 
