@@ -300,6 +300,7 @@ class _Link(asyncio.Protocol):
         if out and self.transport and not self.transport.is_closing(): self.transport.write(b"".join(out))
 
     async def drain(self) -> None:
+        if self.transport and self.transport.is_closing(): await asyncio.sleep(0)  # the loop has to tell us of the end
         while self.writable: await self.writable.wait()
 
     def control_flow(self) -> None:

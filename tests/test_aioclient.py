@@ -740,6 +740,33 @@ def test_an_upload_that_raises_aborts_the_request(run, path):
     run(main())
 
 
+def test_an_upload_whose_peer_leaves_between_two_pieces(run, path):
+    "Who sends and sends waits for nothing once a send has failed, but learns of it all the same."
+    async def main():
+        left, sent = asyncio.Event(), []
+
+        async def source():
+            yield b"some"
+            await left.wait()
+            conn.close()
+            for _ in range(9999):
+                sent.append(1 << 16)
+                yield BLOCK[:1 << 16]
+
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            listener.setblocking(False)
+            async with client(path) as c:
+                asked, loop = asyncio.ensure_future(c.request(GET, source())), asyncio.get_running_loop()
+                conn, _ = await loop.sock_accept(listener)
+                assert await loop.sock_recv(conn, 1 << 16)
+                left.set()
+                with pytest.raises(ConnectionLost): await asked
+        assert len(sent) < 99
+    run(main())
+
+
 def test_two_tasks_cannot_read_one_response(run, path):
     async def script(conn):
         await conn.until(h.STDIN)
