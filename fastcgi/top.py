@@ -199,13 +199,14 @@ def _screen() -> Iterator[Any]:
     import tty
     fd = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else -1
     before = termios.tcgetattr(fd) if fd >= 0 else None
-    resumed, tell = os.pipe()
+    signalled, tell = os.pipe()  # so that a signal that comes just before we wait is not left until we have waited
+    os.set_blocking(tell, False)
 
     def wait(seconds: float) -> bool:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            found = select.select([resumed, *[fd] * (fd >= 0)], [], [], left)[0]
-            if resumed in found: return bool(os.read(resumed, 64))
+            found = select.select([signalled, *[fd] * (fd >= 0)], [], [], left)[0]
+            if signalled in found: return bool(os.read(signalled, 64))
             if fd in found:
                 if (key := os.read(fd, 64)) in (b"", b"\x04") or key[:1] in b"qQ": return False
                 return True  # any other key: look now
@@ -227,8 +228,8 @@ def _screen() -> Iterator[Any]:
         os.kill(os.getpid(), signum)  # here we stand until SIGCONT
         signal.signal(signum, stop)
         take()
-        os.write(tell, b"1")
 
+    wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     old = {o: signal.signal(o, end) for o in (signal.SIGTERM, signal.SIGHUP)}
     if (suspend := signal.getsignal(signal.SIGTSTP)) == signal.SIG_DFL: signal.signal(signal.SIGTSTP, stop)
     try:
@@ -238,4 +239,5 @@ def _screen() -> Iterator[Any]:
         signal.signal(signal.SIGTSTP, suspend)
         give_back()
         for o, handler in old.items(): signal.signal(o, handler)
-        for end_of_pipe in (resumed, tell): os.close(end_of_pipe)
+        signal.set_wakeup_fd(wakeup)
+        for end_of_pipe in (signalled, tell): os.close(end_of_pipe)

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import helpers as h
 import pytest
@@ -267,8 +267,9 @@ def test_the_level_of_the_log(here):
     (here / "app.py").write_text(APP)
     with h.Program("-m", "fastcgi", "serve", "app:Page", "--log-level", "warning", cwd=here, env=environ()) as program:
         program.path = here / "fcgi.sock"
-        wait_until(program.path.exists, "start")
-        assert ask(program).startswith("Page") and program.stop() == 0 and program.said() == ""
+        def served():
+            with suppress(OSError): return ask(program)
+        assert wait_until(served, "start").startswith("Page") and program.stop() == 0 and program.said() == ""
 
 
 def test_pid_file(here):
