@@ -68,9 +68,9 @@ class Relay:
             for _ in range(LAST_WORDS):
                 if self.stderr not in self.fds or not self._read_err(): break
         finally:
+            status = self._reap()
             for fd in [*self.fds]: self._close(fd)
             if self.done >= 0: os.close(self.done)
-            status = self._reap()
         return status
 
     def _step(self) -> bool:
@@ -167,12 +167,12 @@ class Relay:
 
     def _end(self, why: str) -> None:
         "SIGTERM, or if there was one SIGKILL, for the process and all it has started that is still in its group."
-        for fd in [o for o in (self.stdin, self.stdout) if o in self.fds]: self._close(fd)
         self.killing += 1
         self.until = monotonic() + GRACE
         log.debug("program ended, %s pid=%d", why, self.process.pid)
-        with suppress(OSError):
+        with suppress(OSError):  # before the end of its input, which would look as if all of that had come
             os.killpg(self.process.pid, signal.SIGTERM if self.killing == 1 else signal.SIGKILL)
+        for fd in [o for o in (self.stdin, self.stdout) if o in self.fds]: self._close(fd)
 
     def _reap(self) -> int:
         "Leave no process behind, however we got here."
