@@ -8,7 +8,7 @@ LIGHT  := $(VENV)/.light
 READY  := $(VENV)/.ready
 # with a process group of its own, as a terminal's Ctrl-C, which all get, would be a second signal beside ours
 APART  := import os, sys; os.setpgrp(); os.execv(sys.argv[1], sys.argv[1:])
-COVERED := core framing connection channel streams session handler aio aiosession response
+COVERED := core framing connection channel streams session handler flow aio aiosession response
 METADATA := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help

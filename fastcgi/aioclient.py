@@ -37,6 +37,7 @@ from .client_connection import (
 )
 from .core import MAX_CONTENT, Bytes, Role
 from .errors import ConnectionLost, FcgiError, RemoteProtocolError
+from .flow import Flow
 
 __all__ = ("AsyncFcgiClient", "AsyncResponse")
 
@@ -211,20 +212,20 @@ class AsyncResponse(Answer):
         return self._used and not (self._said or self._call.stderr or self._consumed)
 
 
-class _Link(asyncio.Protocol):
+class _Link(Flow):
     "One connection: what arrives goes to the engine, its events to responses, what it has to send to the transport."
-    transport: asyncio.Transport | None = None
+    transport: asyncio.Transport | None  # type: ignore[assignment]  # None before it is open
     opening: asyncio.Task[None]
 
     def __init__(self, client: AsyncFcgiClient) -> None:
-        self.client, self.loop = client, asyncio.get_running_loop()
+        super().__init__()
+        self.client, self.loop, self.transport = client, asyncio.get_running_loop(), None
         self.engine = ClientConnection(client.limits, client.trace)
         self.responses: dict[Call, AsyncResponse] = {}
         self.asked: deque[asyncio.Future[dict[str, str]]] = deque()  # who waits for values, in order
         self.load = 0  # requests on it, or about to be
         self.used = False  # it has served before
         self.reading = True
-        self.writable: asyncio.Event | None = None  # while the transport takes no more
         self.closed = self.loop.create_future()
 
     # What the transport calls
@@ -245,12 +246,6 @@ class _Link(asyncio.Protocol):
         self.close()
         self.resume_writing()
         self.closed.set_result(None)
-
-    def pause_writing(self) -> None: self.writable = asyncio.Event()
-
-    def resume_writing(self) -> None:
-        if self.writable: self.writable.set()
-        self.writable = None
 
     # Requests
 
@@ -298,10 +293,6 @@ class _Link(asyncio.Protocol):
     def send(self) -> None:
         out = self.engine.data_to_send()
         if out and self.transport and not self.transport.is_closing(): self.transport.write(b"".join(out))
-
-    async def drain(self) -> None:
-        if self.transport and self.transport.is_closing(): await asyncio.sleep(0)  # the loop has to tell us of the end
-        while self.writable: await self.writable.wait()
 
     def control_flow(self) -> None:
         "Read the socket, or do not: what nobody reads of answers waits there."

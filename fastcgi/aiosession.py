@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .addresses import peer_allowed
 from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange, Refused, status_page
 from .errors import RemoteProtocolError
+from .flow import Flow
 from .request import about
 
 if TYPE_CHECKING:
@@ -27,19 +28,18 @@ RECV = 1 << 16  # bytes asked of one recv: asyncio's own 256 kB are mapped and u
 _RDHUP = getattr(select, "POLLRDHUP", 0)
 
 
-class Session(asyncio.Protocol):
+class Session(Flow):
     "What arrives goes to the engine, its events to tasks, what it has to send to the transport."
-    __slots__ = ("server", "loop", "connection", "transport", "running", "last", "reading", "writable", "unsent",
-                 "lingering", "until", "peer", "served", "arriving", "refused", "answered")
-    transport: asyncio.Transport
+    __slots__ = ("server", "loop", "connection", "running", "last", "reading", "unsent", "lingering", "until", "peer",
+                 "served", "arriving", "refused", "answered")
 
     def __init__(self, server: AsyncFcgiServer) -> None:
+        super().__init__()
         self.server, self.loop = server, server.get_loop()
         self.connection = Connection(server.handler, server.values)
         self.running: dict[Exchange, tuple[AsyncFcgiHandler, asyncio.Task[None] | None]] = {}
         self.last = self.loop.time()  # when something arrived, left, was waited for or was ended
         self.reading = True
-        self.writable: asyncio.Event | None = None  # while the transport takes no more
         self.unsent = 0  # bytes that it held at the last look
         self.answered: Exchange | None = None  # since that look, or its answer is among those bytes: for the log
         self.lingering = -1  # bytes that may still be thrown away after our answer, once we wait for the peer to close
@@ -90,11 +90,8 @@ class Session(asyncio.Protocol):
         self.resume_writing()
         self.server.check_done()
 
-    def pause_writing(self) -> None: self.writable = asyncio.Event()
-
     def resume_writing(self) -> None:
-        if self.writable: self.writable.set()
-        self.writable = None
+        super().resume_writing()
         if not self.reading: self.control_flow()
 
     # Requests
@@ -177,11 +174,6 @@ class Session(asyncio.Protocol):
     async def send_and_drain(self) -> None:
         if self.connection.output: self.send()
         await self.drain()
-
-    async def drain(self) -> None:
-        "Wait until the transport takes more. Of many that wait, whoever fills it first leaves the others waiting."
-        if self.transport.is_closing(): await asyncio.sleep(0)  # it may just have failed, which the loop has to tell us
-        while self.writable: await self.writable.wait()
 
     def control_flow(self) -> None:
         """Read the socket, or do not: what handlers leave unread waits there.
