@@ -212,11 +212,9 @@ class Master:
         while self._missing() > 0 and now >= self.spawn_at:
             if not self._spawn(): break
         if self._status_missing() and now >= self.status_at: self._spawn(status=True)
-        for o in self.children:  # it has no state: killed when another serves the pages, or none is to
-            if o.status and o.old and not o.killed and (self.server._status_socket is None or any(
-                    c.status and c.ready and not c.old for c in self.children)):
-                o.killed = True
-                self._signal(o, signal.SIGKILL)
+        if self.server._status_socket is None or any(o.status and o.ready and not o.old for o in self.children):
+            for o in self.children:  # another serves the pages, or none is to
+                if o.status and o.old and o.leaving is None: self._retire(o)
         new, old = self._workers(False), self._workers(True)
         ready = sum(o.ready for o in new)
         for o in old[:max(len(old) - max(self.wanted - ready, 0), 0)]: self._retire(o)  # each has a successor
@@ -464,8 +462,7 @@ class Master:
         if server._signalled: server._refuse_more()
         start, said, left_it = monotonic(), False, not server._signalled
         for o in self.children:
-            if o.status: self._signal(o, signal.SIGKILL)  # no request is lost with it
-            elif not o.ready: self._signal(o, signal.SIGTERM)  # it may not look at the lifeline yet
+            if not o.ready: self._signal(o, signal.SIGTERM)  # it may not look at the lifeline yet
         until = start + server.graceful_timeout
         while self.children and not server._at_once and (left := until - (now := monotonic())) > 0:
             if not left_it and now - start >= NOTICE:  # by now only those keep it who are busy
@@ -497,7 +494,7 @@ class Master:
     def _awaited(self) -> str:
         n, starting = (sum(o.ready is ready and not o.status for o in self.children) for ready in (True, False))
         return " and ".join(f"{what} of {m} worker{'s' * (m > 1)}" for what, m in (
-            ("the running requests", n), ("the start", starting)) if m)
+            ("the running requests", n), ("the start", starting)) if m) or "the status page"
 
     def _drop_handed_over(self) -> None:
         "Idle connections of workers that a signal reached before they knew that all stop: nobody takes them now."
@@ -520,7 +517,7 @@ def abandon() -> None:
     if not (before := reexec.predecessor()): return
     for child in (Child(*args) for args in before["children"]):
         if not _is_ours(child): continue
-        os.kill(child.pid, signal.SIGKILL if child.status else signal.SIGTERM)
+        os.kill(child.pid, signal.SIGTERM)
         os.close(child.pipe)
     for fd in (*before["lifeline"], *(before["queue"] or ()), before["lock"], before["scoreboard"]):
         if fd >= 0: os.close(fd)

@@ -255,8 +255,9 @@ class PreForkMixIn(Base):
     def _serve_status(self, lifeline: int) -> None:
         from .status import StatusServer
         assert self._status_socket
-        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): signal.signal(signum, signal.SIG_DFL)
-        with StatusServer(self._status_socket, self, lifeline) as server:
+        for signum in (signal.SIGUSR1, signal.SIGUSR2): signal.signal(signum, signal.SIG_DFL)
+        with (Alarm((signal.SIGTERM,), self._ended) as alarm,
+              StatusServer(self._status_socket, self, alarm, lifeline) as server):
             self._serving()
             server.serve_forever()
 

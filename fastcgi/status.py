@@ -10,12 +10,10 @@ import json
 import os
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from inspect import iscoroutinefunction
-from select import POLLIN, poll
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from .addresses import address_of
 from .handler import FcgiHandler
 from .request import FcgiRequest
 from .scoreboard import BOUNDS, Row, Scoreboard, Totals
+from .signals import Alarm
 
 __all__ = ("Snapshot", "StatusServer", "WorkerStatus", "status_page", "watched", "listen_queue", "memory_of")
 
@@ -32,6 +31,7 @@ HEADERS = ("Cache-Control: no-store\r\nExpires: Thu, 01 Jan 1970 00:00:00 GMT\r\
            "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'\r\n")
 REFRESH = 2  # seconds after which a browser asks again
 AT_A_TIME = 32  # connections that a `StatusServer` serves
+TICK = 0.1  # seconds between looks at who may still stay when we stop
 STATES = ("starting", "idle", "running", "stopping")
 
 
@@ -336,41 +336,50 @@ class _StatusHandler(FcgiHandler):
 class StatusServer(ThreadingMixIn, TCPServer):
     """Serves the pages from a listening socket: the status at any path, but `ping_path`.
 
-    For a process of its own, which has no state: it may be killed at any time. `serve_forever` returns when the other
-    end of `lifeline` is closed, so it does not outlive its master.
+    For a process of its own. `serve_forever` ends when `server` is to stop, or the other end of `lifeline` is closed,
+    so it does not outlive its master; and what was asked is answered, for which there is `graceful_timeout`.
     """
     daemon_threads = True
+    leaving = False  # we stop
 
     def __init__(
         self,
         sock: socket.socket,
         server: Any,  # whose pages it serves
-        lifeline: int | None = None,  # the reading end of a pipe
+        alarm: Alarm,  # what tells `server` to stop
+        lifeline: int,  # the reading end of a pipe
     ) -> None:
         super().__init__(("", 0), _StatusHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket, self.watched, self.lifeline = sock, server, lifeline
+        self.socket, self.watched, self.alarm, self.lifeline = sock, server, alarm, lifeline
         self.server_address = sock.getsockname()
-        self._room = threading.BoundedSemaphore(AT_A_TIME)
+        self.connections: set[Any] = set()
+        self.idle: dict[Any, float] = {}  # those that wait for a request; seconds they may when we stop
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        watch = poll()
-        watch.register(self.socket, POLLIN)
-        if self.lifeline is not None: watch.register(self.lifeline, POLLIN)
-        while True:
-            self._room.acquire()
-            if self.lifeline in [fd for fd, _ in watch.poll()]: return
-            try: request, address = self.get_request()
-            except OSError: self._room.release()  # it was gone
-            else:
-                if self.verify_request(request, address): self.process_request(request, address)
-                else:
-                    self.shutdown_request(request)
-                    self._room.release()
+        listening = self.fileno()
+        while not self.watched._stopping:
+            ready = self.alarm.wait(None, [self.lifeline, *[listening] * (len(self.connections) < AT_A_TIME)])
+            if self.lifeline in ready: break
+            if listening in ready: self._handle_request_noblock()  # type: ignore[attr-defined]
+        self._leave()
+
+    def _leave(self) -> None:
+        self.leaving, began = True, time.monotonic()
+        while self.connections and (spent := time.monotonic() - began) < self.watched.graceful_timeout:
+            for request in [o for o, stay in self.idle.copy().items() if spent >= stay]:
+                with suppress(OSError): request.shutdown(socket.SHUT_RD)  # which its thread notices
+            self.alarm.wait(TICK)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         return bool(self.watched.verify_request(request, client_address))
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try: super().process_request_thread(request, client_address)
-        finally: self._room.release()
+        finally:
+            self.connections.discard(request)
+            self.alarm.set()

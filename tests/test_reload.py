@@ -6,7 +6,8 @@ import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from frontends.servers import wait_until
@@ -234,10 +235,16 @@ def test_more_workers_and_fewer_after_a_reload(run):
     assert srv.app.stop() == 0
 
 
+def kinds(pid):
+    "What the descriptors of a process are: pipe, socket, anon_inode, or a path."
+    for o in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError): yield os.readlink(f"/proc/{pid}/fd/{o}").partition(":")[0]
+
+
 def test_reloads_leak_no_descriptors_and_no_processes(run):
     srv = run("    slow_log = 9\n    request_timeout = 9")
-    def look(): return len(os.listdir(f"/proc/{srv.pid}/fd"))
-    most = 0  # at the first look some may be open for a moment: fewer than as many reloads would leak
+    def look(): return Counter(kinds(srv.pid))
+    most = Counter()  # at the first look some may be open for a moment: fewer than as many reloads would leak
     for i in range(2, 10):
         srv.change(f"v{i}", "    slow_log = 9\n    request_timeout = 9")
         srv.reload()
@@ -266,9 +273,14 @@ def test_status_process_is_replaced_too(run, short_dir):
     before = srv.workers
     for _ in range(5): srv.ask()
     srv.change("v2", options)
-    srv.reload()
-    srv.serves("v2")
-    wait_until(lambda: len(srv.workers) == 2 and not srv.workers & before, "two others")
+    data = request(QUERY_STRING="json")
+    with connect(short_dir / "t") as sock:
+        sock.sendall(data[:-20])
+        srv.reload()
+        srv.serves("v2")
+        wait_until(lambda: len(srv.workers - before) == 2, "two others")
+        assert json.loads(exchange(sock, data[-20:]).body)["accepted conn"]  # what was begun is answered
+    wait_until(lambda: len(srv.workers) == 2 and not srv.workers & before, "the end of the old ones")
     page = ask()
     assert page["requests"] > 10 and page["total processes"] == 1  # it goes on counting
     srv.change("v3", "    workers = 1")

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import types
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from helpers import (
@@ -30,6 +30,7 @@ from fastcgi import FcgiHandler, status
 from fastcgi.aio import AsyncFcgiHandler, AsyncFcgiServer
 from fastcgi.cli import main
 from fastcgi.scoreboard import Scoreboard
+from fastcgi.signals import Alarm
 from fastcgi.status import Snapshot, StatusServer, listen_queue, memory_of, status_page, watched
 
 EVIL = b"/<script>alert('1')</script>\"\x1b[2J\r\n\xff"
@@ -37,7 +38,8 @@ EVIL = b"/<script>alert('1')</script>\"\x1b[2J\r\n\xff"
 
 class Pool:
     "What the pages need of a server."
-    status_path, ping_path, ping_response, workers = "/status", "/ping", "pong", 2
+    status_path, ping_path, ping_response, workers, graceful_timeout = "/status", "/ping", "pong", 2, DEADLINE
+    _stopping = False
 
     def __init__(self, path) -> None:
         self.scoreboard = Scoreboard(2)
@@ -305,15 +307,16 @@ def status_server(pool, path):
         sock.bind(os.fspath(path))
         sock.listen(8)
         ends = os.pipe()
-        server = StatusServer(sock, pool, ends[0])
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try: yield sock.getsockname()
-        finally:
-            os.close(ends[1])
-            thread.join(DEADLINE)
-            assert not thread.is_alive()
-            os.close(ends[0])
+        with Alarm((), print) as pool.alarm:
+            server = StatusServer(sock, pool, pool.alarm, ends[0])
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            try: yield sock.getsockname()
+            finally:
+                os.close(ends[1])
+                thread.join(DEADLINE)
+                assert not thread.is_alive()
+                os.close(ends[0])
 
 
 def test_a_status_server_answers_at_any_path(pool, tmp_path):
@@ -333,6 +336,21 @@ def test_silent_connections_keep_nobody_from_the_status(pool, tmp_path, monkeypa
         silent = [connect(address) for _ in range(4)]
         assert talk(address, request()).body.startswith(b"pool: ")
         for o in silent: o.close()
+
+
+def test_a_status_server_that_ends_answers_what_was_begun(pool, tmp_path):
+    data = request(keep=True)
+    with ExitStack() as stack:
+        with status_server(pool, tmp_path / "status.sock") as address:
+            kept, begun, silent = [stack.enter_context(connect(address)) for _ in range(3)]
+            assert exchange(kept, data).body.startswith(b"pool: ")
+            begun.sendall(data[:20])
+            assert talk(address, request()).body  # so those before are accepted, too
+            pool._stopping = True
+            pool.alarm.set()
+            assert kept.recv(1) == b"" and silent.recv(1) == b""
+            begun.sendall(data[20:])
+            assert answer(read_all(begun)).body.startswith(b"pool: ")
 
 
 def test_a_peer_that_is_no_web_server_gets_no_status(pool, tmp_path):
