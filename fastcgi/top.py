@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import select
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from unicodedata import combining, east_asian_width
 
 from .client import FcgiClient
 from .errors import FcgiError
+from .signals import Alarm
 
 __all__ = ("run", "ask", "frame", "StatusError")
 
@@ -199,18 +199,6 @@ def _screen() -> Iterator[Any]:
     import tty
     fd = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else -1
     before = termios.tcgetattr(fd) if fd >= 0 else None
-    signalled, tell = os.pipe()  # so that a signal that comes just before we wait is not left until we have waited
-    os.set_blocking(tell, False)
-
-    def wait(seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            found = select.select([signalled, *[fd] * (fd >= 0)], [], [], left)[0]
-            if signalled in found: return bool(os.read(signalled, 64))
-            if fd in found:
-                if (key := os.read(fd, 64)) in (b"", b"\x04") or key[:1] in b"qQ": return False
-                return True  # any other key: look now
-        return True
 
     def take() -> None:
         if before: tty.setcbreak(fd)
@@ -220,24 +208,24 @@ def _screen() -> Iterator[Any]:
         _write(SHUT)
         if before: termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
-    def end(signum: int, frame: object) -> None: raise SystemExit(128 + signum)
-
-    def stop(signum: int, frame: object) -> None:
+    def stop() -> None:
         give_back()
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)  # here we stand until SIGCONT
-        signal.signal(signum, stop)
+        ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # here we stand until SIGCONT
+        signal.signal(signal.SIGTSTP, ours)
         take()
 
-    wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    old = {o: signal.signal(o, end) for o in (signal.SIGTERM, signal.SIGHUP)}
-    if (suspend := signal.getsignal(signal.SIGTSTP)) == signal.SIG_DFL: signal.signal(signal.SIGTSTP, stop)
-    try:
-        take()
-        with suppress(KeyboardInterrupt): yield wait
-    finally:
-        signal.signal(signal.SIGTSTP, suspend)
-        give_back()
-        for o, handler in old.items(): signal.signal(o, handler)
-        signal.set_wakeup_fd(wakeup)
-        for end_of_pipe in (signalled, tell): os.close(end_of_pipe)
+    def on_signal(signum: int) -> None:
+        if signum != signal.SIGTSTP: raise SystemExit(128 + signum)
+        stop()
+
+    def wait(seconds: float) -> bool:
+        if not alarm.wait(seconds, [fd] * (fd >= 0)): return True  # also after a signal that did not end us
+        return os.read(fd, 64)[:1] not in (b"", b"\x04", b"q", b"Q")  # any other key: look now
+
+    suspends = signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+    with Alarm((signal.SIGTERM, signal.SIGHUP, *[signal.SIGTSTP] * suspends), on_signal) as alarm:
+        try:
+            take()
+            with suppress(KeyboardInterrupt): yield wait
+        finally: give_back()
