@@ -97,7 +97,7 @@ class _App:
     def __init__(self, target: str, kind: str | None, settings: dict[str, Any], sock: socket.socket) -> None:
         self.name, self.sock = target, sock
         self.ended, self.again, self.serves = "", False, False
-        self.starts = 0
+        self.starts, self.started = 0, time.monotonic()
         self.settled = threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
         self._what = json.dumps([target, kind, settings])

@@ -346,6 +346,28 @@ def test_the_url_is_said_when_it_serves(dev, short_dir):
     assert d.said.index("starting") < d.said.index("is at") and "does not serve yet" not in d.said
 
 
+EARLY = """
+import http.client, select, sys, threading
+from fastcgi import dev
+conn, begin = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=20), dev._App.start
+def ask(): print("answered", conn.getresponse().status, flush=True)
+def start(app):
+    conn.request("GET", "/")
+    assert not select.select([conn.sock], [], [], .2)[0]
+    threading.Thread(target=ask).start()
+    begin(app)
+dev._App.start = start
+dev.serve("page.py", int(sys.argv[1]))
+"""
+
+
+def test_who_asks_before_the_program_is_started_gets_its_answer(short_dir, free_port):
+    (short_dir / "page.py").write_text(FILES["decorated"].replace("{text}", "first"))
+    with h.Program("-c", EARLY, free_port, cwd=short_dir) as proc:
+        servers.wait_until(lambda: "answered" in proc.said() or proc.poll() is not None, "an answer")
+        assert "answered 200" in proc.said() and proc.stop() == 0, proc.said()
+
+
 @pytest.mark.slow
 def test_a_program_that_never_serves_is_told_to_the_browser(dev):
     d = dev("import time\ntime.sleep(60)\n" + FILES["handler"])

@@ -131,11 +131,8 @@ def test_program_runs_under_fastcgi_dev(name, short_dir, free_port):
     (short_dir / "program.py").write_text(adapted(code, short_dir), encoding="utf-8")
     args = [sys.executable, "-m", "fastcgi", "dev", "program.py", "--port", free_port]
     with running(args, short_dir, lambda: connects(("127.0.0.1", free_port))):
-        def served():
-            status, text = fetch(free_port)
-            print(status, text)  # an error page, which a busy machine may show before the program serves
-            return status == 200
-        wait_until(served, "its page")
+        status, text = fetch(free_port)
+        assert status == 200, text
 
 
 def test_application_of_the_readme_is_served_by_its_command(short_dir):
