@@ -327,7 +327,7 @@ class AsyncFcgiServer:
         self._stopped, self._empty = asyncio.Event(), asyncio.Event()
         await self.handler.startup(self)
         self.started = True
-        self._acceptor = (_BlockingAcceptor if self.socket.gettimeout() is None else _Acceptor)(self)
+        self._acceptor = (_Acceptor if self.waits_not() else _BlockingAcceptor)(self)
         self._sweep()
 
     def _session(self) -> Session: return Session(self)
@@ -390,6 +390,12 @@ class AsyncFcgiServer:
         "A connection has ended."
         if self._acceptor and not self._acceptor.accepting: self._acceptor.watch()
 
+    def waits_not(self) -> bool:
+        "Whether `accept` never waits."
+        return self.socket.gettimeout() is not None
+
+    def accept(self) -> tuple[socket.socket, Any]: return self.socket.accept()
+
     def admits(self, conn: socket.socket, address: Any) -> bool:
         "Whether to serve a connection that was accepted. See also `web_server_addrs`."
         return True
@@ -440,7 +446,7 @@ class _Acceptor:
         wanted = not (self.closed or self.pause or self.full())
         if wanted is self.accepting: return
         self.accepting = wanted
-        if wanted: self.loop.add_reader(self.fd, self._ready)
+        if wanted: self.loop.add_reader(self.fd, self.take)
         else: self.loop.remove_reader(self.fd)
         self.server.accepting(wanted)
 
@@ -448,10 +454,11 @@ class _Acceptor:
         most = self.server.max_connections
         return most is not None and len(self.server.sessions) + len(self.coming) >= most
 
-    def _ready(self) -> None:
-        for _ in range(BURST):
+    def take(self, most: int = BURST) -> None:
+        "Accept what waits."
+        for _ in range(most):
             if self.full() or self.closed: break
-            try: conn, address = self.server.socket.accept()
+            try: conn, address = self.server.accept()
             except BlockingIOError: break
             except OSError as e:
                 self.failed(e)
@@ -524,12 +531,13 @@ class _BlockingAcceptor(_Acceptor):
             log.error("cannot accept: %s", e.strerror)
             if e.errno != errno.ECONNABORTED: time.sleep(PAUSE)
             return True
+        conn = above_streams(conn)
         try: self.loop.call_soon_threadsafe(self._take, conn, address)
         except RuntimeError: conn.close()  # the loop is gone
         return not self.loop.is_closed()
 
     def _take(self, conn: socket.socket, address: Any) -> None:
-        if self.server.stopping or not self.server.admits(conn, address): conn.close()
+        if self.server.leaving or not self.server.admits(conn, address): conn.close()
         else: self.begin(conn)
 
     def close(self) -> None: self.ends[0].close()

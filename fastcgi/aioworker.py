@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .aio import BURST, AsyncFcgiServer
 from .signals import Alarm
+from .sockets import accept_locked
 
 if TYPE_CHECKING:
     from .prefork import PreForkMixIn
@@ -72,7 +73,8 @@ class AsyncWorker:
             self.server.leaving = True
             if observer: observer.stopping()
             server.handing = not self.is_last(self.lifeline)
-            if not server.handing: server.take_last()
+            if server.handing: self.server._leaves()
+            else: server.take_last()
             await server.shutdown()
         finally:
             for session in list(server.sessions): session.transport.abort()  # were we interrupted
@@ -138,6 +140,12 @@ class _Server(AsyncFcgiServer):
         if name.startswith("_"): raise AttributeError(name)
         return getattr(self.owner, name)
 
+    def waits_not(self) -> bool: return self.owner._accept_lock is not None or super().waits_not()
+
+    def accept(self) -> tuple[Any, Any]:
+        lock = self.owner._accept_lock
+        return accept_locked(self.socket, lock, super().accept) if lock else super().accept()
+
     def admits(self, conn: Any, address: Any) -> bool:
         self.accepted += 1
         return self.owner.verify_request(conn, address)
@@ -163,9 +171,9 @@ class _Server(AsyncFcgiServer):
 
     def take_last(self) -> None:
         "All stop: what waits to be taken over, or to be accepted from a socket that ends with us, is served."
-        self.take_over(self.max_connections or 0)
-        acceptor = self._acceptor
-        if acceptor and self.owner._signalled and not self.owner._inherited: acceptor._ready()
+        most, acceptor = self.owner.max_connections, self._acceptor
+        self.take_over(most)
+        if acceptor and self.owner._signalled and not self.owner._inherited: acceptor.take(most)
 
     def hand_over(self, session: Any) -> bool:
         transport, idle = session.transport, self.handler.idle_timeout

@@ -36,7 +36,8 @@ def kill(
     pids = {*pids}
     held: dict[int, int] = {}  # what they have started: its pidfds
     try:
-        if pids and _can(): _stop(pids, held)
+        with suppress(OSError):  # as when descriptors have run out
+            if pids and _can(): _stop(pids, held)
         for fd in held.values(): _send(fd, signal.SIGKILL)
     finally:
         for pid in pids:

@@ -25,7 +25,7 @@ from .notify import notify, reloading, watchdog
 from .privileges import is_root
 from .scoreboard import Scoreboard
 from .signals import Alarm
-from .worker import Exchanged, is_async
+from .worker import LEAVES, SERVES, Exchanged, is_async
 
 if TYPE_CHECKING:
     from .prefork import PreForkMixIn
@@ -123,7 +123,7 @@ class Master:
         self.held: int  # when it is closed the workers stop, whoever closes it
         self.lifeline, self.held = before.get("lifeline") or os.pipe()
         if lock >= 0: server._accept_lock = os.fdopen(lock, "rb+")
-        elif server._inherited and server.workers > 1 and server.socket.gettimeout() is None:
+        elif server._inherited and server.socket.gettimeout() is None:  # one worker, too, has a successor
             server._accept_lock = tempfile.TemporaryFile()
         server._exchanged = Exchanged(queue and tuple(socket.socket(fileno=o) for o in queue))
         self._begin_scoreboard(before.get("scoreboard", -1))
@@ -205,7 +205,8 @@ class Master:
         "How many workers are to be started, one after another where they take the place of old ones."
         new = self._workers(False)
         if self._workers(True) and any(not o.ready for o in new): return 0
-        return self.wanted - len(new)
+        leaving = sum(o.leaving is not None and not o.status and not o.old for o in self.children)
+        return self.wanted - len(new) - max(leaving - self.wanted, 0)  # however long those take
 
     def _fill(self, now: float) -> None:
         "Start workers that are missing, and let those go that are too many or run old code."
@@ -300,9 +301,11 @@ class Master:
             os.close(child.pipe)
             child.pipe = -1
             return
-        if not child.ready and data[:1] == b"\1":
+        if not child.ready and data[:1] == SERVES:
             child.ready, data = True, data[1:]
             if not child.status: self._recovered()
+        if child.ready and LEAVES in data:
+            child.leaving, data = child.leaving or monotonic(), data.replace(LEAVES, b"")
         if child.ready and not child.dumped_at:  # nobody has asked
             child.unasked += len(data)
             if child.unasked > MOST:

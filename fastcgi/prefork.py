@@ -21,7 +21,7 @@ from .addresses import allowed_peers, parse_address, peer_allowed
 from .privileges import drop, is_root, is_us
 from .signals import Alarm
 from .sockets import listen, remove
-from .worker import Exchanged, check, is_async, worker_for
+from .worker import LEAVES, SERVES, Exchanged, check, is_async, worker_for
 
 if TYPE_CHECKING:
     from typing import IO
@@ -249,8 +249,13 @@ class PreForkMixIn(Base):
 
     def _serving(self) -> None:
         "This process serves from now on: its master is told."
-        if self._report is not None: os.write(self._report, b"\1")
+        if self._report is not None: os.write(self._report, SERVES)
         self._report = None
+
+    def _leaves(self) -> None:
+        "This worker takes nothing more, and ends when what was begun has: its master may start another at once."
+        if self._stacks is not None:
+            with suppress(OSError): os.write(self._stacks, LEAVES)
 
     def _serve_status(self, lifeline: int) -> None:
         from .status import StatusServer

@@ -17,18 +17,20 @@ import logging
 import os
 import pwd
 import re
+import select
 import socket
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 from .addresses import Address, AddressError, AddressLike, parse_address
 from .privileges import group_id, user_id
 
-__all__ = ("UnixListener", "above_streams", "is_listening", "listen", "no_delay", "remove", "systemd_sockets")
+__all__ = ("UnixListener", "above_streams", "accept_locked", "is_listening", "listen", "no_delay", "remove",
+           "systemd_sockets")
 
 BACKLOG = 1024  # connections; the kernel's own limit (Linux: net.core.somaxconn, 4096) may cut it
 MAX_PATH = 103 if sys.platform == "darwin" or "bsd" in sys.platform else 107  # bytes of sun_path, less its NUL
@@ -115,6 +117,21 @@ def no_delay(sock: socket.socket) -> None:
     For inherited ones, and elsewhere, call it on what was accepted.
     """
     if sock.family != socket.AF_UNIX: sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def accept_locked(
+    sock: Any,  # a listening socket that blocks, which is not ours to change
+    lock: IO[bytes],  # a file: only one of the processes that share both may try
+    accept: Callable[[], tuple[Any, Any]],
+) -> tuple[Any, Any]:
+    "What `accept` gives. Raises `BlockingIOError` if another process tries, or if there is nothing to accept."
+    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        if not poll.poll(0): raise BlockingIOError
+        return accept()
+    finally: fcntl.lockf(lock, fcntl.LOCK_UN)
 
 
 # Unix sockets

@@ -9,7 +9,6 @@ Idle connections are nobody's in particular: a worker without time for its own h
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import math
 import os
@@ -28,15 +27,17 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .signals import Alarm
-from .sockets import UnixListener, above_streams
+from .sockets import UnixListener, above_streams, accept_locked
 
 if TYPE_CHECKING:
     from .prefork import PreForkMixIn
 
-__all__ = ("Worker", "ThreadWorker", "Parked", "Exchanged", "check", "worker_for", "is_async", "is_last", "jittered")
+__all__ = ("Worker", "ThreadWorker", "Parked", "Exchanged", "SERVES", "LEAVES", "check", "worker_for", "is_async",
+           "is_last", "jittered")
 
 log = logging.getLogger("fastcgi.server")
 
+SERVES, LEAVES = b"\1", b"\2"  # what a worker tells its master
 SWEEP = 1.0  # seconds between looks for parked connections whose time is up
 PAUSE = 0.1  # seconds without accepting when descriptors have run out
 TICK = 0.1  # seconds between looks at who may still stay when we stop
@@ -190,7 +191,7 @@ class Worker:
         "Serve the next connection that waits. False if none does."
         server = self.server
         try:
-            if server._accept_lock: request, address = _accept_locked(server)
+            if server._accept_lock: request, address = accept_locked(server.socket, server._accept_lock, self.take)
             else: request, address = self.take()
         except BlockingIOError: return False  # a sibling was quicker
         except OSError as e:
@@ -278,6 +279,7 @@ class Worker:
             if not taken: return
             request, until, stay = taken
             self.park(request, partial(self._go_on, request, until), until, stay)
+            if self.observer: self.observer.seen(self.accepted, len(self.parked))  # should the next take long
 
     def _go_on(self, request: socket.socket, until: float | None) -> None:
         "The first turn of a connection that was taken over."
@@ -319,6 +321,7 @@ class Worker:
         """
         self._watch_listener()
         server, handing = self.server, self.exchanged is not None and not is_last(self.lifeline)
+        if handing: server._leaves()
         if self.observer: self.observer.stopping()
         if self.lifeline is not None: self.poller.unregister(self.lifeline)  # that it ended would be news for ever
         if not handing: self._accept_last()
@@ -407,7 +410,9 @@ class ThreadWorker(Worker):
             self.poller.unregister(fd)
         if len(self.busy) < self.size or not self._hand_over(fd, parked): super()._resume(fd)
 
-    def _full(self) -> bool: return len(self.busy) >= self.size or super()._full()
+    def _full(self) -> bool:
+        "While all threads are busy others may take what comes; but what is there when we stop is nobody else's."
+        return len(self.busy) >= self.size and not self.server._stopping or super()._full()
 
     def _watch_listener(self) -> None:
         if self.error: raise self.error
@@ -487,15 +492,3 @@ def _taker(server: PreForkMixIn) -> Callable[[], tuple[Any, Any]]:
         fd, address = accept()
         return make(family, kind, proto, fd), address
     return take
-
-
-def _accept_locked(server: PreForkMixIn) -> tuple[Any, Any]:
-    """Accept from a listening socket that blocks, which is not ours to change: only one worker may try.
-
-    Raises `BlockingIOError` if another does, or if there is nothing to accept.
-    """
-    fcntl.lockf(server._accept_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
-    try:
-        if not select.select([server.socket], [], [], 0)[0]: raise BlockingIOError
-        return server.get_request()
-    finally: fcntl.lockf(server._accept_lock, fcntl.LOCK_UN)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "sockets": "addresses privileges",
     "signals": "",
     "worker": "aioworker signals sockets",
-    "aioworker": "aio signals",
+    "aioworker": "aio signals sockets",
     "access": "",
     "scoreboard": "access",
     "status": "addresses handler request scoreboard signals",
