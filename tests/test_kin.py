@@ -106,6 +106,15 @@ def test_pids_that_are_others_by_now_are_left_alone(family, monkeypatch):
     assert state(pids["child"]) in "SR"
 
 
+@pytest.mark.parametrize("lacks", ["listdir", "readlink"])
+def test_where_descriptors_have_run_out_the_process_itself_is_killed(family, monkeypatch, lacks):
+    proc, _ = family()
+    def full(*args): raise OSError(24, "Too many open files")
+    monkeypatch.setattr(os, lacks, full)
+    kin.kill([proc.pid])
+    assert proc.wait(10) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("lacks", ["pidfd_open", "proc"])
 def test_where_they_cannot_be_found_the_process_itself_is_killed(family, monkeypatch, lacks):
     proc, pids = family()

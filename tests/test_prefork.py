@@ -22,7 +22,7 @@ from fastcgi.handler import FcgiHandler
 from fastcgi.prefork import PreForkMixIn, PreForkTCPServer, PreForkUnixServer
 
 APP = r'''
-import json, logging, os, resource, select, signal, sys, threading
+import json, logging, os, resource, select, signal, sys, threading, time
 from socketserver import *
 from fastcgi import *
 from fastcgi import master
@@ -51,6 +51,13 @@ class Handler(FcgiHandler):
 def stuck():
     lock = threading.Lock()
     with lock: lock.acquire()
+
+class Async(AsyncFcgiHandler):
+    async def handle(self):
+        await self.write(b"Content-Type: text/plain\r\n\r\n%d " % os.getpid())
+        await self.flush()
+        while self.environ["QUERY_STRING"] == "hold" and not os.path.exists(srv.server_address + ".go"): time.sleep(.01)
+        await self.write(await self.read())
 
 class HTTP(MinimalHTTPHandler):
     def handle(self):
@@ -218,6 +225,21 @@ def test_max_requests(run):
     pids = [srv.ask()[0] for _ in range(22)]
     assert sorted(pids, key=pids.index) == pids and max(map(pids.count, pids)) <= 5  # a turn that waits counts too
     assert "WARNING" not in srv.app.said()
+
+
+@pytest.mark.parametrize("handler, n", [("Handler", 1), ("Handler", 4), ("Async", 1)])
+def test_a_worker_that_is_to_be_replaced_keeps_nobody_waiting(run, handler, n):
+    srv = run(workers=1, threads=n, handler=handler, max_requests=3)
+    before, = srv.workers
+    with connect_(srv.address) as sock:
+        data = begin() + params({"QUERY_STRING": ""})
+        sock.sendall(data[:-8] if n == 1 and handler == "Handler" else data)
+        asked = [srv.ask()[0] for _ in range(6)]
+        assert asked[0] == before != asked[-1] and before in srv.workers
+        sock.sendall(data[-8:] * (handler == "Handler" and n == 1) + stream(STDIN, b"body"))
+        pid, body = answers(read_all(sock))[0].body.split()
+        assert (int(pid), body) == (before, b"body")
+    assert srv.app.stop() == 0 and "WARNING" not in srv.app.said()
 
 
 @threads
@@ -537,6 +559,35 @@ def test_request_that_has_arrived_when_we_stop(run, workers):
         os.kill(srv.pid, signal.SIGTERM)
         assert srv.end(sock) == b"body" and answers(read_all(kept))[0].body.endswith(b" late")
         assert srv.app.ended() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("n", [1, 2])
+def test_connections_that_wait_when_we_stop_are_served(run, workers, n):
+    srv = run(workers=workers, threads=n)
+    with ExitStack() as stack:
+        busy = [stack.enter_context(connect_(srv.address)) for _ in range(n)]
+        for o in busy: srv.begin(o)
+        waiting = [stack.enter_context(connect_(srv.address)) for _ in range(12)]
+        for o in waiting: o.sendall(request(b"late", QUERY_STRING=""))
+        os.kill(srv.pid, signal.SIGTERM)
+        assert [srv.end(o) for o in busy] == [b"body"] * n
+        assert [answers(read_all(o))[0].body.split()[1] for o in waiting] == [b"late"] * 12
+        assert srv.app.ended() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_connections_that_wait_for_an_event_loop_when_we_stop_are_served(run, workers):
+    srv = run(workers=workers, handler="Async")
+    with ExitStack() as stack:
+        sock = stack.enter_context(connect_(srv.address))
+        srv.begin(sock, "hold")
+        waiting = [stack.enter_context(connect_(srv.address)) for _ in range(150)]
+        for o in waiting: o.sendall(request(b"late", QUERY_STRING=""))
+        os.kill(srv.pid, signal.SIGTERM)
+        open(srv.address + ".go", "w").close()
+        assert [answers(read_all(o))[0].body.split()[1] for o in waiting] == [b"late"] * 150
+        assert srv.end(sock) == b"body" and srv.app.ended() == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -41,6 +41,11 @@ print("done", flush=True)
 '''
 
 
+ASYNC = APP.replace("class Handler(FcgiHandler):\n    def", "class Handler(AsyncFcgiHandler):\n    async def").replace(
+    "self.write(f", "await self.write(f").replace("while data := self.stdin.read1(): self.write(data)",
+                                                 "await self.write(await self.read())")
+
+
 class Server:
     "The program `APP` in a file: its process and its workers."
 
@@ -315,6 +320,26 @@ def test_inherited_socket_goes_on(run):
         srv.reload()
         srv.serves("v2")
         assert srv.app.stop() == 0
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("code", [APP, ASYNC], ids=["blocking", "asyncio"])
+def test_kept_connections_of_an_inherited_socket_that_blocks(run, code, n):
+    options = f"    workers = {n}"
+    with socket.create_server(("127.0.0.1", 0)) as sock, ExitStack() as stack:
+        srv = run(options, address="fd:0", stdin=sock, code=code % ("v1", options))
+        srv.address = sock.getsockname()
+        kept = [stack.enter_context(connect(srv.address)) for _ in range(3)]
+        for o in kept: assert srv.ask(sock=o, keep=True)[0] == "v1"
+        srv.change("v2", code=code % ("v2", options))
+        srv.reload()
+        srv.serves("v2")
+        for o in kept: assert srv.ask(sock=o, keep=True)[0] == "v2"
+        os.kill(srv.pid, signal.SIGTTIN)
+        wait_until(lambda: len(srv.workers) == n + 1, "one more")
+        for _ in range(20):
+            with connect(srv.address): srv.ask()
+        assert srv.app.stop() == 0, srv.app.said()
 
 
 def test_sockets_of_systemd_go_on(run, short_dir):
