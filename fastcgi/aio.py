@@ -174,7 +174,12 @@ class AsyncFcgiHandler(FcgiRequest):
             finally: await self.finish()
         except SystemExit as e: self._exited(e.code)
         except (RequestAborted, asyncio.CancelledError) as e:
-            log.debug("request_id=%d ended: %s", exchange.id, e or "cancelled")
+            if isinstance(e, RequestAborted) or exchange.aborted or exchange.ended or _is_cancelled():
+                log.debug("request_id=%d ended: %s", exchange.id, e or "cancelled")
+            else:
+                error = RuntimeError("what it waited for was cancelled")
+                error.__cause__ = e
+                self._failed(error)
         except Exception as e: self._failed(e)
         except BaseException as e:
             self._failed(e)
@@ -218,6 +223,12 @@ class AsyncFcgiHandler(FcgiRequest):
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done(): self._waiter.set_result(None)
+
+
+def _is_cancelled() -> bool:
+    "Whether somebody wants this task to end, and not only what it waits for has. Python 3.10 cannot tell."
+    task: Any = asyncio.current_task()
+    return not hasattr(task, "cancelling") or task.cancelling() > 0
 
 
 class AsyncInput:

@@ -20,7 +20,7 @@ from .core import Role
 from .errors import RequestAborted
 from .lifespan import Lifespan
 from .request import CONTROLS
-from .response import has_body, pack_head, pack_raw_head
+from .response import content_length, has_body, pack_head, pack_raw_head
 from .scope import passes_hints, scope_of
 
 __all__ = ("ASGIHandler", "scope_of")
@@ -147,11 +147,14 @@ class ASGIHandler(AsyncFcgiHandler):
 
     def _start(self, status: int, headers: Any) -> None:
         if type(headers) is not list: headers = list(headers)
+        length = None
+        for name, value in headers:
+            if len(name) == 14 and name.lower() == b"content-length":
+                length = content_length(value.decode("latin-1"), length)
+        if status == 204 and length is not None: headers = [o for o in headers if o[0].lower() != b"content-length"]
         self._head, self._says_error = pack_raw_head(status, headers), status >= 500
-        if not has_body(status, self.environ.get("REQUEST_METHOD", "")): self._bodiless = True
-        else:
-            for name, value in headers:
-                if len(name) == 14 and name.lower() == b"content-length": self._length = int(value)
+        if has_body(status, self.environ.get("REQUEST_METHOD", "")): self._length = length
+        else: self._bodiless = True
 
     def _count(self, size: int, more: bool) -> None:
         "Raises before a piece is sent that cannot be right: if it would have been the first, there is a 500 instead."

@@ -56,7 +56,8 @@ def status_page(
     status: str,  # such as "503 Service Unavailable"
     body: bool = True,  # False in answer to HEAD
 ) -> bytes:  # a CGI response that says it
-    return f"Status: {status}\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n{status if body else ''}\n".encode()
+    text = f"{status}\n" if body else ""
+    return f"Status: {status}\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n{text}".encode()
 
 
 _NO_INPUT = Input(ended=True)  # nothing is ever fed to it

@@ -5,6 +5,7 @@ all of it as one or the other. WSGI and ASGI share the rules here.
 """
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from urllib.parse import unquote
@@ -23,7 +24,8 @@ def script_and_path(
     With `script_name` the whole path is what both variables say, and the application's is what follows that prefix, or
     all of it where the web server has cut the prefix off itself (`handle_path` of Caddy). Without it, a PATH_INFO that
     is not empty is trusted; else all of SCRIPT_NAME is the application's path, as nginx (its stock `fastcgi_params`),
-    Caddy and Apache's `ProxyPass` send it, unless a part of it has the name of a program, such as `/app.py`.
+    Caddy and Apache's `ProxyPass` send it, unless a part of it has the name of a program, such as `/app.py`; and, as a
+    visitor could invent one to get around the web server's rules for a path, unless it is no file in DOCUMENT_ROOT.
     The name of a program that is not in REQUEST_URI, since the web server put it there, is in neither.
     """
     script, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
@@ -35,10 +37,16 @@ def script_and_path(
         return mount, whole or ("" if mount else "/")
     if not path:
         if not script or script == "/": return "", "/"
-        if not (m := _PROGRAM.fullmatch(script)): return "", _slash(script)
+        if not (m := _PROGRAM.fullmatch(script)) or not _is_there(environ, m[1], m[2] or ""): return "", _slash(script)
         script, path = m[1], m[2] or ""
     elif path[0] != "/" or script[-1:] == "/": script, path = script.rstrip("/"), _slash(path)
     return script, path
+
+
+def _is_there(environ: Mapping[str, str], program: str, path: str) -> bool:
+    "Whether the web server knows the program, as far as its directory can be seen from here."
+    root, file = environ.get("DOCUMENT_ROOT", ""), environ.get("SCRIPT_FILENAME", "").removesuffix(path)
+    return os.path.isfile(root + program) or os.path.isfile(file) or not os.path.isdir(root)
 
 
 def _asked(uri: str, script: str, path: str) -> tuple[str, str]:

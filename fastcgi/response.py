@@ -13,8 +13,8 @@ from typing import Any
 
 from .grammar import TOKEN
 
-__all__ = ("HttpResponseMixin", "AsyncHttpResponseMixin", "pack_head", "pack_raw_head", "pack_native_head", "has_body",
-           "reason")
+__all__ = ("HttpResponseMixin", "AsyncHttpResponseMixin", "pack_head", "pack_raw_head", "pack_native_head",
+           "content_length", "has_body", "reason")
 
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-connection", "te", "trailer",
               "transfer-encoding", "upgrade"}  # the web server's affair (RFC 9110 7.6.1)
@@ -84,8 +84,10 @@ def pack_native_head(
         except AttributeError: raise TypeError(f"value of {name} is {type(value).__name__}, not str") from None
         if not plain and _BREAK.search(value): raise ValueError(f"line break or NUL in the value of {name}")
         if start:
+            if len(name) == 14 and name.lower() == "content-length":
+                length = content_length(value, length)
+                if code == 204: continue  # RFC 9110 8.6
             lines += start, value
-            if len(name) == 14 and name.lower() == "content-length": length = _length(value, length)
     lines.append("\r\n")
     return "".join(lines).encode("latin-1"), code, length
 
@@ -110,7 +112,11 @@ def _native_start(name: str) -> str:
     return start
 
 
-def _length(value: str, before: int | None) -> int:
+def content_length(
+    value: str,
+    before: int | None = None,  # what another header of the name has said
+) -> int:
+    "Raises `ValueError` for what is no number, or not the same one."
     value = value.strip()
     if not (value.isascii() and value.isdigit()) or before not in (None, int(value)):
         raise ValueError(f"bad Content-Length: {value!r}")

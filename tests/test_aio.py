@@ -939,6 +939,24 @@ def test_shutdown_cancels_what_does_not_end(run, path):
     run(main())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="it cannot tell")
+@pytest.mark.parametrize("flush", [False, True])
+def test_what_it_waits_for_is_cancelled_and_not_the_handler(run, path, caplog, flush):
+    async def handle(self):
+        await self.write(OK + b"half")
+        if flush: await self.flush()
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    async def main():
+        async with serving(handle, path): return await ask(path, h.request())
+
+    res = run(main())
+    assert res.app_status == 1 and b"what it waited for was cancelled" in res.stderr and "CancelledError" in caplog.text
+    assert (res.body == b"half") if flush else res.headers["status"].startswith("500")
+
+
 def test_shutdown_waits_for_the_clean_up_of_what_it_cancels(run, path):
     begun, steps = asyncio.Event(), []
 

@@ -273,7 +273,8 @@ def test_no_body_where_http_has_none(run, path, method, status):
         await send(body(b"hel", True))
         await send(body(b"lo"))
     got = answer(run, path, app, h.request(REQUEST_METHOD=method))
-    assert got.body == b"" and got.headers["content-length"] == "5" and got.headers["status"][:3] == str(status)
+    assert got.body == b"" and got.headers["status"][:3] == str(status)
+    assert got.headers.get("content-length") == (None if status == 204 else "5")  # RFC 9110 8.6
 
 
 def test_headers_that_are_the_web_servers_are_not_sent_and_others_are_as_they_are(run, path):
@@ -312,11 +313,23 @@ def bad(*messages):
     ([{"type": "http.response.pathsend", "path": __file__}], "no response yet"),
     ([start(headers=[(b"content-length", b"2")]), body(b"abc")], "longer than its Content-Length"),
     ([start(headers=[(b"content-length", b"4")]), body(b"abc")], "shorter than its Content-Length"),
+    *(([start(headers=[(b"content-length", o) for o in lengths]), body(b"abcde")], "bad Content-Length")
+      for lengths in ([b"5", b"7"], [b"5_0"], [b"+5"], [b"abc"], [b""])),
     ([start(), {"type": "http.response.pathsend", "path": "/no/such/file"}], "No such file")])
 def test_a_wrong_message_gives_500_and_says_what_is_wrong(run, path, caplog, messages, says):
     got = answer(run, path, bad(*messages))
     assert got.headers["status"] == "500 Internal Server Error" and says.encode() in got.stderr and got.app_status == 1
     assert says in caplog.text and says.encode() not in got.stdout
+
+
+def test_a_head_that_is_refused_has_not_begun_the_answer(run, path):
+    async def app(scope, receive, send):
+        name = b"content-length"
+        with pytest.raises(ValueError): await send(start(headers=[(name, b"1"), (name.title(), b"2")]))
+        await send(start(503, [(name, b"4"), (name.title(), b" 4")]))
+        await send(body(b"sage"))
+    got = answer(run, path, app)
+    assert (got.headers["status"], got.body) == ("503 Service Unavailable", b"sage")
 
 
 def test_a_message_after_the_end_is_an_error_in_the_log_only(run, path, caplog):

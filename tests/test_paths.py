@@ -33,6 +33,22 @@ def env(script, path):
 def test_as_the_web_server_says(script, path, expected): assert script_and_path(env(script, path)) == expected
 
 
+@pytest.mark.parametrize(("root", "script", "expected"), [
+    ("web", "/app.py/admin", ("/app.py", "/admin")),
+    ("web", "/x.py/admin", ("", "/x.py/admin")),  # which a visitor has invented, as a way around /admin
+    ("web", "/dir.py/admin", ("", "/dir.py/admin")),
+    ("web", "/x.py\0/admin", ("", "/x.py\0/admin")),
+    ("none", "/x.py/admin", ("/x.py", "/admin"))])  # on another machine: nobody can tell
+def test_a_program_that_the_web_server_does_not_know(tmp_path, root, script, expected):
+    (tmp_path / "web" / "dir.py").mkdir(parents=True)
+    (tmp_path / "web" / "app.py").touch()
+    root = str(tmp_path / root)
+    sent = {"DOCUMENT_ROOT": root, "SCRIPT_NAME": script, "SCRIPT_FILENAME": root + script}
+    assert script_and_path(sent) == expected
+    alias = {"DOCUMENT_ROOT": str(tmp_path), "SCRIPT_NAME": "/app.py/a", "SCRIPT_FILENAME": f"{tmp_path}/web/app.py/a"}
+    assert script_and_path(alias) == ("/app.py", "/a")
+
+
 @pytest.mark.parametrize(("script", "path", "mount", "expected"), [
     ("/shop/a", "", "/shop", ("/shop", "/a")),
     ("/shop/a", None, "/shop/", ("/shop", "/a")),
