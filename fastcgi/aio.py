@@ -22,10 +22,11 @@ from typing import Any
 
 from .addresses import allowed_peers, parse_address
 from .aiosession import Session, run_task
+from .connection import Exchange
 from .core import MAX_CONTENT, Bytes, Request
 from .errors import RequestAborted
 from .framing import Input
-from .request import FRESH, FcgiRequest, Lazy, crlf, write_log
+from .request import FRESH, FcgiRequest, Lazy, crlf
 from .sockets import above_streams, listen, remove
 
 __all__ = ("AsyncFcgiHandler", "AsyncFcgiServer")
@@ -115,7 +116,8 @@ class AsyncFcgiHandler(FcgiRequest):
     async def write_err(self, data: Bytes) -> int:
         "Write bytes to STDERR, which ends in the web server's log."
         self._check()
-        n = write_log(self._exchange, data) if self.stderr_to == "log" else self._exchange.write_err(data)
+        write = self._write_log if self.stderr_to == "log" else Exchange.write_err
+        n = write(self._exchange, data)
         if self._session.connection.output: await self._session.send_and_drain()
         return n
 
@@ -189,6 +191,7 @@ class AsyncFcgiHandler(FcgiRequest):
     def _end(self) -> None:
         exchange = self._exchange
         if not self._begins(exchange._head or exchange._stdout): self._check_answer()
+        if self._unlogged: self._log_rest()
         exchange.end(self.app_status)
         self._session.ended(exchange)
 

@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -20,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -193,8 +195,10 @@ def _serving(path: Path, host: str, port: int, mount: str, root: Path) -> Iterat
         server: DevFrontEnd
 
         def handle(self) -> None:
-            if self.path != CHANGES: return super().handle()
-            self._page(200, "text/plain", str(self.server.app and self.server.app.starts))
+            if local and not _is_local(self.headers.get("Host", "")):
+                self._fail(421, f"this is for this machine alone, at {self.server.url}/; for others there is --host")
+            elif self.path != CHANGES: super().handle()
+            else: self._page(200, "text/plain", str(self.server.app and self.server.app.starts))
 
         def _fail(self, code: int, line: str) -> None:
             if "text/html" not in self.headers.get("Accept", ""): return super()._fail(code, line)
@@ -211,6 +215,7 @@ def _serving(path: Path, host: str, port: int, mount: str, root: Path) -> Iterat
             what = f"{handler.command} {handler.path}".encode("latin-1").decode("ascii", "backslashreplace")
             say(f"{what} {handler.status} {handler.size} B {seconds * 1000:.0f} ms\n")
 
+    local = _is_loopback(host)
     try: web = DevFrontEnd(path, (host, port), mount=mount, root=str(root))
     except (OSError, OverflowError) as e: raise DevError(_why_not(host, port, e)) from e
     web.RequestHandlerClass = DevHandler
@@ -218,6 +223,21 @@ def _serving(path: Path, host: str, port: int, mount: str, root: Path) -> Iterat
         threading.Thread(target=web.serve_forever, args=(.05,), daemon=True).start()
         try: yield web
         finally: web.shutdown()
+
+
+def _is_loopback(host: str) -> bool:
+    try: return ip_address(host).is_loopback
+    except ValueError: return host == "localhost"
+
+
+def _is_local(
+    host: str,  # as in the header of that name
+) -> bool:
+    "Whether a browser cannot have been led here by a name of somebody else's, whose page could read ours."
+    name = re.sub(r":[0-9]*$", "", host).strip("[]").rstrip(".").lower()
+    try: ip_address(name)
+    except ValueError: return name in ("", "localhost") or name.endswith(".localhost")
+    return True
 
 
 def _why_not(host: str, port: int, e: Exception) -> str:

@@ -20,10 +20,12 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from . import __version__
+from .access import escape
 from .addresses import Address, AddressLike
 from .client import FcgiClient, Response
 from .errors import FcgiError, RemoteProtocolError, RequestAborted
 from .http import HandlerException, MinimalHTTPHandler, ReuseThreadingServer
+from .request import CONTROLS
 
 __all__ = ("FrontEnd", "FrontEndHandler", "params_for", "cgi_params")
 
@@ -261,9 +263,11 @@ class FrontEnd(ReuseThreadingServer):
 
     def on_stderr(self, data: bytes) -> None:
         "Override this: what the application writes to STDERR."
-        for line in data.decode("utf-8", "backslashreplace").splitlines(): stderr_log.warning("%s", line)
+        for line in data.decode("utf-8", "backslashreplace").splitlines():
+            stderr_log.warning("%s", line.translate(CONTROLS))
 
     def log_request(self, handler: FrontEndHandler, seconds: float) -> None:
         "Override this: a request is done."
         access_log.info("client=%s method=%s target=%s status=%d size=%d seconds=%.3f", handler.client_address[0],
-                        handler.command, _text(handler.path.encode("latin-1")), handler.status, handler.size, seconds)
+                        handler.command, escape(_text(handler.path.encode("latin-1"))), handler.status, handler.size,
+                        seconds)

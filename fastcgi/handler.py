@@ -15,7 +15,7 @@ from . import forks
 from .channel import Channel
 from .core import Bytes, Request
 from .errors import ConnectionLost, RequestAborted
-from .request import FcgiRequest, Lazy, crlf, write_log
+from .request import FcgiRequest, Lazy, crlf
 from .session import Session
 from .streams import InputStream, OutputStream
 
@@ -113,7 +113,7 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
 
     @Lazy
     def stderr(self) -> OutputStream:
-        write = write_log if self.stderr_to == "log" else self._channel.write_err
+        write = self._write_log if self.stderr_to == "log" else self._channel.write_err
         return OutputStream(self._channel, self._exchange, write)
 
     @Lazy
@@ -140,6 +140,7 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
         finally:
             if forks.count != before: os._exit(self.app_status & 0xFF)  # forked in `handle`: the parent answers
             if not self._begins(exchange._head or exchange._stdout): self._check_answer()
+            if self._unlogged: self._log_rest()
             channel.end(exchange, self.app_status)
 
 

@@ -106,7 +106,9 @@ class PreForkMixIn(Base):
         self.socket.close()
         self.socket = self._listen(address, self.request_queue_size)
         self.address_family, self.server_address = self.socket.family, self.socket.getsockname()
-        if self.status_listen is not None: self._status_socket = self._listen(self.status_listen, 64)
+        if self.status_listen is not None:
+            self._status_socket = self._listen(self.status_listen, 64)
+            if parse_address(self.status_listen).kind in ("unix", "tcp"): self._status_socket.setblocking(False)
         if is_root() and (self.user is not None or self.group is not None):
             self._import_all()
             drop(self.user, self.group)

@@ -22,6 +22,7 @@ log = logging.getLogger("fastcgi.handler")
 stderr_log = logging.getLogger("fastcgi.stderr")
 
 FRESH = .5  # seconds to begin the first request when the server stops: no web server repeats one that is lost there
+MOST = 1 << 13  # bytes of a line of STDERR in the log
 CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160))}
 KEEP_LINES = {k: v for k, v in CONTROLS.items() if k not in (9, 10)}
 
@@ -67,6 +68,7 @@ class FcgiRequest(Limits):
     keep_conn: bool
     app_status: int
     _exchange: Exchange
+    _unlogged = b""  # the begin of a line, where STDERR goes to the log
     _begins = staticmethod(re.compile(RAW_TOKEN + rb":|\r?\n").match)  # a CGI answer (RFC 3875 6.2)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -91,7 +93,8 @@ class FcgiRequest(Limits):
         "`sys.exit(code)`: a number is the application status, all else goes to STDERR, as in any program."
         self.app_status = code if isinstance(code, int) else int(code is not None)
         if code is None or isinstance(code, int): return
-        write = write_log if self.stderr_to == "log" else Exchange.write_err
+        if self._unlogged: self._log_rest()
+        write = self._write_log if self.stderr_to == "log" else Exchange.write_err
         write(self._exchange, crlf(code).encode("utf-8", "backslashreplace"))
 
     def _failed(self, error: BaseException) -> None:
@@ -136,6 +139,16 @@ class FcgiRequest(Limits):
         try: return type(self).error_page(error, self.environ)  # type: ignore[misc]
         except Exception: log.exception("no page for an error"); return b""
 
+    def _write_log(self, exchange: Exchange, data: Bytes) -> int:
+        "Write STDERR to the log, line by line; what is no line yet waits for its end, or that of the request."
+        lines, end, self._unlogged = (self._unlogged + bytes(data)).rpartition(b"\n")
+        if len(self._unlogged) > MOST: lines, self._unlogged = lines + end + self._unlogged, b""
+        for line in lines.decode("utf-8", "backslashreplace").splitlines():
+            stderr_log.warning("request_id=%d: %s", exchange.id, line.translate(CONTROLS))
+        return len(bytes(data))
+
+    def _log_rest(self) -> None: self._write_log(self._exchange, b"\n")
+
     def _about(self) -> str: return about(self._exchange)
 
 
@@ -161,10 +174,3 @@ def _trace(e: Exception) -> str:
 
 
 def crlf(s: object) -> str: return str(s).replace("\r\n", "\n").replace("\n", "\r\n") + "\r\n"
-
-
-def write_log(exchange: Exchange, data: Bytes) -> int:
-    "Write STDERR to the log, line by line."
-    text = bytes(data).decode("utf-8", "backslashreplace")
-    for line in text.splitlines(): stderr_log.warning("request_id=%d: %s", exchange.id, line.translate(CONTROLS))
-    return len(bytes(data))

@@ -368,6 +368,19 @@ def test_who_asks_before_the_program_is_started_gets_its_answer(short_dir, free_
         assert "answered 200" in proc.said() and proc.stop() == 0, proc.said()
 
 
+@pytest.mark.parametrize(("host", "status"), [
+    ("localhost:80", 200), ("app.localhost", 200), ("[::1]:8000", 200), ("127.0.0.1", 200),
+    ("evil.example:{port}", 421), ("127.0.0.1.evil.example", 421), ("localhost.evil.example", 421)])
+def test_a_name_that_is_somebody_elses_leads_nowhere(dev, host, status):
+    srv = dev(FILES["decorated"].replace("{text}", "first"))
+    conn = http.client.HTTPConnection(*srv.address, timeout=h.DEADLINE)
+    conn.putrequest("GET", "/", skip_host=True)
+    conn.putheader("Host", host.format(port=srv.address[1]))
+    conn.endheaders()
+    with conn.getresponse() as response: assert response.status == status
+    conn.close()
+
+
 @pytest.mark.slow
 def test_a_program_that_never_serves_is_told_to_the_browser(dev):
     d = dev("import time\ntime.sleep(60)\n" + FILES["handler"])

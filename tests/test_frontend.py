@@ -377,6 +377,19 @@ def test_the_access_log(start, caplog):
     assert re.fullmatch(r"client=127\.0\.0\.1 method=POST target=/body\?%C3%A9 status=200 size=5 seconds=\d\.\d+", line)
 
 
+def test_what_a_visitor_sends_cannot_steer_a_terminal(start, caplog):
+    caplog.set_level(logging.INFO, "fastcgi.access")
+    web = start(cls=Logged)[1]
+    with h.connect(web.server_address) as sock:
+        sock.sendall(b"GET /body?\xc2\x9b31m\xff\xc2\x85 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        h.read_all(sock)
+    assert web.logged.wait(h.DEADLINE)
+    line, = (o.getMessage() for o in caplog.records if o.name == "fastcgi.access")
+    assert r"target=/body?\u009B31m\xFF\u0085 " in line
+    web.on_stderr(b"one\x1b[31m\n\xc2\x9btwo")
+    assert caplog.messages[-2:] == [r"one\x1b[31m", r"\x9btwo"]
+
+
 # Applications that misbehave
 
 class Script(BaseRequestHandler):

@@ -558,6 +558,7 @@ def test_stderr_goes_to_the_log(policy, caplog):
         self.write(OK)
         self.err("one\ntwo \x1b[31m\x85three")
         self.write_err("grüße \udcff\n".encode("utf-8", "surrogateescape"))
+        for word in (b"as", b" ", b"print", b" ", b"\xc3", b"\xbc\r", b"\n"): self.stderr.write(word)
         self.stderr.write(b"last")
         if "exit" in self.environ: raise SystemExit("bye\x07")
         if "fail" in self.environ: raise ValueError("oops")
@@ -565,7 +566,7 @@ def test_stderr_goes_to_the_log(policy, caplog):
     assert not ask(cls, request())[0].stderr
     assert {x.name for x in caplog.records} == {"fastcgi.stderr"}
     assert caplog.messages == ["request_id=1: one", "request_id=1: two \\x1b[31m", "request_id=1: three",
-                               "request_id=1: grüße \\xff", "request_id=1: last"]
+                               "request_id=1: grüße \\xff", "request_id=1: as print ü", "request_id=1: last"]
     caplog.clear()
     assert not ask(cls, request(exit="1"))[0].stderr and caplog.messages[-1] == "request_id=1: bye\\x07"
     caplog.clear()
