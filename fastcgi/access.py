@@ -16,6 +16,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from .grammar import HEAD_END
+
 __all__ = ("AccessLog", "LogFile", "FORMATS", "FIELDS", "escape", "status_of")
 
 log = logging.getLogger("fastcgi.access")
@@ -45,7 +47,6 @@ MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 _PLAIN = re.compile(r"[ !#-\[\]-~]*")  # ASCII that is shown as it is: no control character, quote or backslash
 _STATUS = re.compile(rb"^Status:[ \t]*(\d{3})(?!\d)", re.I | re.M)
 _LOCATION = re.compile(rb"^Location:[ \t]*\S", re.I | re.M)
-_HEAD_END = re.compile(rb"\A\r?\n|\n\r?\n")
 
 
 def escape(text: str) -> str:
@@ -69,7 +70,7 @@ def status_of(
 ) -> int:
     "The status that a web server reads there (RFC 3875 6.3.3): without any 302 where there is a Location, else 200."
     if head.startswith(b"Status: ") and (code := head[8:11]).isdigit(): return int(code)
-    if end := _HEAD_END.search(head): head = head[:end.start() + 1]
+    if end := HEAD_END.search(head): head = head[:end.start() + 1]
     if found := _STATUS.search(head): return int(found[1])
     return 302 if _LOCATION.search(head) else 200
 

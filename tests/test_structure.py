@@ -34,7 +34,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "signals": "",
     "worker": "aioworker signals sockets",
     "aioworker": "aio signals sockets",
-    "access": "",
+    "access": "grammar",
     "scoreboard": "access",
     "status": "addresses handler request scoreboard signals",
     "notify": "",
