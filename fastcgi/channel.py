@@ -15,6 +15,7 @@ from .core import Bytes
 from .errors import RemoteProtocolError
 from .framing import Input
 from .request import about
+from .sockets import untaken
 
 __all__ = ("Channel",)
 
@@ -41,6 +42,7 @@ class Channel:
     _sending = False
     _room = RECV
     _refused = False  # a request was, and the log has been told: of one connection once, for a flood must not fill it
+    _untaken = 0  # of what was sent, when we began to wait for room or last looked
     _left = -1  # bytes that `linger` may still throw away, once it has begun
     current: Exchange | None = None  # whose answer is sent, for the log
 
@@ -174,17 +176,24 @@ class Channel:
         return True
 
     def _wait_writable(self) -> bool:
-        """Wait until the peer takes bytes again. False if it does not within `timeout`.
+        """Wait until there is room to send more. False if the peer takes nothing within `timeout`.
 
         Meanwhile what it sends is taken in, within `Limits.max_buffer`: front ends that read no answer before they
         have sent the whole body (Caddy, h2o) would wait for us as we for them.
         """
         end, connection = _after(self.timeout), self.connection
+        self._untaken = untaken(self.socket)
         while True:
             full = connection.eof or connection.held > connection.limits.max_buffer or len(connection.output) > _IOV
             ready = self.poll(select.POLLOUT | (0 if full else select.POLLIN), _until(end))
-            if ready != select.POLLIN: return ready != 0
-            self.receive()
+            if ready == select.POLLIN: self.receive()
+            elif ready or not self.takes(): return ready != 0
+            else: end = _after(self.timeout)
+
+    def takes(self) -> bool:
+        "Whether the peer has taken some of what was sent since the last look: it is slow, and there."
+        before, self._untaken = self._untaken, untaken(self.socket)
+        return self._untaken < before
 
     def poll(self, events: int, wait: float | None) -> int:
         "The poll(2) bits among `events`, or of a failure, that are set within `wait` seconds; 0 if none."
