@@ -68,7 +68,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "client_connection": "core errors framing grammar",
     "client": "addresses client_connection core errors sockets",
     "top": "client errors signals",
-    "aioclient": "addresses client client_connection core errors flow",
+    "aioclient": "addresses client client_connection core errors flow sockets",
     "frontend": "addresses client errors http",
     "configs": "addresses errors",
     "doctor": "addresses client errors",
