@@ -1189,6 +1189,28 @@ def test_published_program_with_a_response_on_descriptor_0():
         assert app.stop() == 0
 
 
+@pytest.mark.parametrize("Server", [TCP, ThreadingTCP], ids=lambda o: o.__name__)
+@pytest.mark.parametrize("addrs, why", [
+    (None, ""), ("127.0.0.1,::1", ""), ("10.0.0.1", "not among the web servers"), ("", "not among the web servers"),
+    ("127.0.0.1, example.org", "ADDRS: not an IP address: 'example.org'")])
+def test_only_web_servers_may_connect(Server, start, monkeypatch, caplog, addrs, why):
+    "Whatever the server: ours look themselves, see test_server."
+    if addrs is None: monkeypatch.delenv("FCGI_WEB_SERVER_ADDRS", raising=False)
+    else: monkeypatch.setenv("FCGI_WEB_SERVER_ADDRS", addrs)
+    srv = start(Server, handler())
+    with connect(srv.server_address) as sock:
+        if not why: assert exchange(sock, request()).stdout == OK
+        else:
+            with suppress(ConnectionResetError): assert read_all(sock) == b""
+    if why: assert re.fullmatch(f"connection refused: .*{why}.*", *caplog.messages)
+    else: assert not caplog.messages
+
+
+def test_who_comes_by_a_unix_socket_may_always_connect(start, monkeypatch):
+    monkeypatch.setenv("FCGI_WEB_SERVER_ADDRS", "10.0.0.1")
+    with connect(start(Unix, handler()).server_address) as sock: assert exchange(sock, request()).stdout == OK
+
+
 def test_default_timeout_of_sockets():
     code = """
 import socket

@@ -25,7 +25,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "request": "connection core grammar",
     "forks": "",
     "session": "channel connection request sockets",
-    "handler": "channel core errors forks request session streams",
+    "handler": "addresses channel core errors forks request session streams",
     "response": "grammar",
     "http_input": "",
     "http": "http_input",
