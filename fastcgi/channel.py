@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import sys
 from time import monotonic
 from typing import Any
 
@@ -27,6 +28,7 @@ _JOIN = 1 << 14  # bytes up to which copying buffers together is cheaper than `s
 _IOV = 64  # buffers given to one `sendmsg`
 _LOOKS = 16  # calls of recv by one `gone`
 _DONTWAIT = socket.MSG_DONTWAIT
+_WAITS = sys.platform == "darwin"  # `send` does nevertheless, if the socket blocks
 _RDHUP = getattr(select, "POLLRDHUP", 0)
 
 
@@ -54,7 +56,7 @@ class Channel:
         peer: Any = "",  # its address, for the log
         read_timeout: float | None = None,  # seconds to wait for input that an application reads; None: as `timeout`
     ) -> None:
-        if sock.gettimeout(): sock.setblocking(False)  # of `socket.setdefaulttimeout`: Python would wait, and raise
+        if sock.gettimeout() or _WAITS: sock.setblocking(False)  # a default timeout: Python would wait, and raise
         self.socket, self.connection, self.timeout, self.peer = sock, connection, timeout, peer
         self.read_timeout = timeout if read_timeout is None else read_timeout
         self.waiting: list[Exchange] = []  # begun, and not started

@@ -1189,6 +1189,19 @@ def test_published_program_with_a_response_on_descriptor_0():
         assert app.stop() == 0
 
 
+@servers
+def test_where_a_send_waits_whatever_it_is_told(Server, start, monkeypatch, caplog):
+    "As on macOS, if the socket blocks."
+    monkeypatch.setattr("fastcgi.channel._DONTWAIT", 0)
+    monkeypatch.setattr("fastcgi.channel._WAITS", True)
+    monkeypatch.setattr(worker, "SWEEP", .05)
+    srv = start(Server, handler(lambda self: self.write(HEAD + self.read() + bytes(8 << 20)), timeout=.2))
+    with connect(srv.server_address) as sock:
+        sock.sendall(request(BODY))
+        wait_until(lambda: "nothing was read" in caplog.text, "the end of a peer that reads nothing")
+    with connect(srv.server_address) as sock: assert exchange(sock, request(BODY)).body == BODY + bytes(8 << 20)
+
+
 @pytest.mark.parametrize("Server", [TCP, ThreadingTCP], ids=lambda o: o.__name__)
 @pytest.mark.parametrize("addrs, why", [
     (None, ""), ("127.0.0.1,::1", ""), ("10.0.0.1", "not among the web servers"), ("", "not among the web servers"),
