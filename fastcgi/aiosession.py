@@ -81,7 +81,7 @@ class Session(Flow):
 
     def eof_received(self) -> bool:
         if self.lingering >= 0: return False
-        self._handle(self.connection.receive_eof())
+        self._handle(self.connection.send_failed())  # it may still read, and what breaks off now must not look whole
         return bool(self.running)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -212,12 +212,18 @@ class Channel:
     def _about(self) -> str: return f": {about(self.current)}" if self.current else ""
 
     def gone(self, exchange: Exchange) -> bool:
-        "Whether the web server aborted `exchange` or closed the connection; takes in what has arrived, within bounds."
+        """Whether the web server aborted `exchange` or closed the connection; takes in what has arrived, within bounds.
+
+        Who has closed one direction of it may still read the other: from here on nothing is sent there, not even an
+        end, for an answer that breaks off now must not look whole.
+        """
         connection = self.connection
         for _ in range(_LOOKS):
             if exchange.aborted or connection.held > RECV or len(connection.output) > _IOV: break
             if not self.receive(0, patient=False): return False
-        return exchange.aborted or self.poll(_RDHUP, 0) != 0
+        if not connection.eof and (exchange.aborted or not self.poll(_RDHUP, 0)): return exchange.aborted
+        connection.send_failed()
+        return True
 
     def write(self, exchange: Exchange, data: Bytes) -> int:
         n = exchange.write(data)

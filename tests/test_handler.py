@@ -697,6 +697,28 @@ def test_reading_an_aborted_upload(how, caplog):
     assert not caplog.messages
 
 
+@servers
+def test_an_answer_that_breaks_off_as_the_peer_has_half_closed_has_no_end(Server, start):
+    def handle(self):
+        self.write(HEAD)
+        for _ in range(99):
+            if self.aborted(): return
+            self.write(bytes(1000))
+            self.flush()
+    with connect(start(Server, handler(handle)).server_address) as sock:
+        sock.sendall(request())
+        sock.shutdown(socket.SHUT_WR)
+        assert END_REQUEST not in [o.typ for o in split(read_all(sock))[0]]
+
+
+@servers
+def test_who_looks_for_no_end_of_the_peer_answers_a_half_closed_one_whole(Server, start):
+    with connect(start(Server, handler()).server_address) as sock:
+        sock.sendall(request())
+        sock.shutdown(socket.SHUT_WR)
+        assert answers(read_all(sock))[0].stdout == OK
+
+
 def test_aborted_connection_serves_the_next_request():
     def handle(self): self.write(HEAD + self.read())
     with handling(handler(handle)) as sock:
