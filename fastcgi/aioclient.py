@@ -20,7 +20,7 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 from .addresses import Address, AddressLike
-from .client import CHUNK, Answer, Body, FcgiClient, Streams, _streams, _with_lengths
+from .client import CHUNK, LOOKS, Answer, Body, FcgiClient, Streams, _streams, _with_lengths
 from .client_connection import (
     VALUES,
     Call,
@@ -38,6 +38,7 @@ from .client_connection import (
 from .core import MAX_CONTENT, Bytes, Role
 from .errors import ConnectionLost, FcgiError, RemoteProtocolError
 from .flow import Flow
+from .sockets import untaken
 
 __all__ = ("AsyncFcgiClient", "AsyncResponse")
 
@@ -72,6 +73,7 @@ class AsyncResponse(Answer):
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._last = 0.0  # when something happened
+        self._untaken = 0  # bytes that the application had not taken at the last look
         self._done = False  # it takes no place any more
 
     async def read(self, n: int = -1) -> bytes:
@@ -177,19 +179,21 @@ class AsyncResponse(Answer):
         if error := self._error or self._call.error: raise error
         if self._done: raise ConnectionLost("the response was closed before its end")
         if self._waiter: raise RuntimeError("another task reads this response already")
-        self._waiter, self._last = self._loop.create_future(), self._loop.time()
-        if self._timeout is not None: self._timer = self._loop.call_later(self._timeout, self._late)
+        self._waiter, self._last, self._untaken = self._loop.create_future(), self._loop.time(), 0
+        if self._timeout is not None: self._timer = self._loop.call_later(self._timeout / LOOKS, self._look)
         try: await self._waiter
         finally:
             self._waiter = None
             if self._timer: self._timer.cancel()
         if error := self._error or self._call.error: raise error
 
-    def _late(self) -> None:
-        "Fail if nothing has happened for too long."
+    def _look(self) -> None:
+        "Fail if nothing has happened for too long. That the application takes what we have sent is something."
         assert self._timeout is not None
+        before, self._untaken = self._untaken, self._link.untaken()
+        if self._untaken < before and (self._upload or len(self._link.responses) < 2): self._last = self._loop.time()
         left = self._last + self._timeout - self._loop.time()
-        if left > 0: self._timer = self._loop.call_later(left, self._late)
+        if left > 0: self._timer = self._loop.call_later(min(left, self._timeout / LOOKS), self._look)
         else: self._fail(TimeoutError(f"the application was silent for {self._timeout:g} s"))
 
     def _fail(self, error: Exception) -> None:
@@ -293,6 +297,11 @@ class _Link(Flow):
     def send(self) -> None:
         out = self.engine.data_to_send()
         if out and self.transport and not self.transport.is_closing(): self.transport.write(b"".join(out))
+
+    def untaken(self) -> int:
+        "About how many bytes of what was sent the application has not taken."
+        if not self.transport or self.transport.is_closing(): return 0
+        return self.transport.get_write_buffer_size() + untaken(self.transport.get_extra_info("socket"))
 
     def control_flow(self) -> None:
         "Read the socket, or do not: what nobody reads of answers waits there."

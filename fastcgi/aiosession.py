@@ -15,6 +15,7 @@ from .connection import AbortRequest, BeginRequest, Connection, Event, Exchange,
 from .errors import RemoteProtocolError
 from .flow import Flow
 from .request import about
+from .sockets import untaken
 
 if TYPE_CHECKING:
     from .aio import AsyncFcgiHandler, AsyncFcgiServer
@@ -40,7 +41,7 @@ class Session(Flow):
         self.running: dict[Exchange, tuple[AsyncFcgiHandler, asyncio.Task[None] | None]] = {}
         self.last = self.loop.time()  # when something arrived, left, was waited for or was ended
         self.reading = True
-        self.unsent = 0  # bytes that it held at the last look
+        self.unsent = 0  # bytes that the peer had not taken at the last look, if the transport held some
         self.answered: Exchange | None = None  # since that look, or its answer is among those bytes: for the log
         self.lingering = -1  # bytes that may still be thrown away after our answer, once we wait for the peer to close
         self.until = math.inf  # when that, or the wait for the end of an answered request's STDIN, is given up
@@ -80,7 +81,7 @@ class Session(Flow):
 
     def eof_received(self) -> bool:
         if self.lingering >= 0: return False
-        self._handle(self.connection.receive_eof())
+        self._handle(self.connection.send_failed())  # it may still read, and what breaks off now must not look whole
         return bool(self.running)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -216,7 +217,7 @@ class Session(Flow):
         """
         handler, connection = self.server.handler, self.connection
         exchanges, limit, level = connection.exchanges.values(), handler.timeout, logging.WARNING
-        unsent = self.transport.get_write_buffer_size()
+        if unsent := self.transport.get_write_buffer_size(): unsent += untaken(self.transport.get_extra_info("socket"))
         if unsent != self.unsent: self.unsent, self.last = unsent, now
         if not unsent: self.answered = None
         arriving, patience = self._arriving(now), handler._patience()

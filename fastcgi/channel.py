@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import sys
 from time import monotonic
 from typing import Any
 
@@ -15,6 +16,7 @@ from .core import Bytes
 from .errors import RemoteProtocolError
 from .framing import Input
 from .request import about
+from .sockets import untaken
 
 __all__ = ("Channel",)
 
@@ -26,6 +28,7 @@ _JOIN = 1 << 14  # bytes up to which copying buffers together is cheaper than `s
 _IOV = 64  # buffers given to one `sendmsg`
 _LOOKS = 16  # calls of recv by one `gone`
 _DONTWAIT = socket.MSG_DONTWAIT
+_WAITS = sys.platform == "darwin"  # `send` does nevertheless, if the socket blocks
 _RDHUP = getattr(select, "POLLRDHUP", 0)
 
 
@@ -41,6 +44,7 @@ class Channel:
     _sending = False
     _room = RECV
     _refused = False  # a request was, and the log has been told: of one connection once, for a flood must not fill it
+    _untaken = 0  # of what was sent, when we began to wait for room or last looked
     _left = -1  # bytes that `linger` may still throw away, once it has begun
     current: Exchange | None = None  # whose answer is sent, for the log
 
@@ -52,7 +56,7 @@ class Channel:
         peer: Any = "",  # its address, for the log
         read_timeout: float | None = None,  # seconds to wait for input that an application reads; None: as `timeout`
     ) -> None:
-        if sock.gettimeout(): sock.setblocking(False)  # of `socket.setdefaulttimeout`: Python would wait, and raise
+        if sock.gettimeout() or _WAITS: sock.setblocking(False)  # a default timeout: Python would wait, and raise
         self.socket, self.connection, self.timeout, self.peer = sock, connection, timeout, peer
         self.read_timeout = timeout if read_timeout is None else read_timeout
         self.waiting: list[Exchange] = []  # begun, and not started
@@ -174,17 +178,24 @@ class Channel:
         return True
 
     def _wait_writable(self) -> bool:
-        """Wait until the peer takes bytes again. False if it does not within `timeout`.
+        """Wait until there is room to send more. False if the peer takes nothing within `timeout`.
 
         Meanwhile what it sends is taken in, within `Limits.max_buffer`: front ends that read no answer before they
         have sent the whole body (Caddy, h2o) would wait for us as we for them.
         """
         end, connection = _after(self.timeout), self.connection
+        self._untaken = untaken(self.socket)
         while True:
             full = connection.eof or connection.held > connection.limits.max_buffer or len(connection.output) > _IOV
             ready = self.poll(select.POLLOUT | (0 if full else select.POLLIN), _until(end))
-            if ready != select.POLLIN: return ready != 0
-            self.receive()
+            if ready == select.POLLIN: self.receive()
+            elif ready or not self.takes(): return ready != 0
+            else: end = _after(self.timeout)
+
+    def takes(self) -> bool:
+        "Whether the peer has taken some of what was sent since the last look: it is slow, and there."
+        before, self._untaken = self._untaken, untaken(self.socket)
+        return self._untaken < before
 
     def poll(self, events: int, wait: float | None) -> int:
         "The poll(2) bits among `events`, or of a failure, that are set within `wait` seconds; 0 if none."
@@ -201,12 +212,18 @@ class Channel:
     def _about(self) -> str: return f": {about(self.current)}" if self.current else ""
 
     def gone(self, exchange: Exchange) -> bool:
-        "Whether the web server aborted `exchange` or closed the connection; takes in what has arrived, within bounds."
+        """Whether the web server aborted `exchange` or closed the connection; takes in what has arrived, within bounds.
+
+        Who has closed one direction of it may still read the other: from here on nothing is sent there, not even an
+        end, for an answer that breaks off now must not look whole.
+        """
         connection = self.connection
         for _ in range(_LOOKS):
             if exchange.aborted or connection.held > RECV or len(connection.output) > _IOV: break
             if not self.receive(0, patient=False): return False
-        return exchange.aborted or self.poll(_RDHUP, 0) != 0
+        if not connection.eof and (exchange.aborted or not self.poll(_RDHUP, 0)): return exchange.aborted
+        connection.send_failed()
+        return True
 
     def write(self, exchange: Exchange, data: Bytes) -> int:
         n = exchange.write(data)

@@ -35,12 +35,13 @@ from .client_connection import (
 )
 from .core import Bytes, Request, Role, Status
 from .errors import ConnectionLost, LocalProtocolError, RequestAborted
-from .sockets import no_delay
+from .sockets import no_delay, untaken
 
 __all__ = ("FcgiClient", "Answer", "Response")
 
 PIECE = 1 << 16  # bytes asked of one recv
 CHUNK = PIECE - 8  # bytes of a file that become one record
+LOOKS = 8  # in a `timeout`, whether the application has taken some of what was sent: it may be slow
 _IOV = 64  # buffers given to one sendmsg
 _GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
@@ -63,9 +64,12 @@ class _Link:
         poll.register(self.sock, select.POLLIN | (select.POLLOUT if self.out else 0))
         if watch >= 0: poll.register(watch, _GONE)
         if fd >= 0: poll.register(fd, select.POLLIN)
-        ready = dict(poll.poll(None if timeout is None else timeout * 1000))
+        looks, left = LOOKS, 0  # the first has nothing to compare with: what was just sent is on its way
+        while not (ready := dict(poll.poll(None if timeout is None else timeout * 1000 / LOOKS))) and timeout:
+            before, left = left, untaken(self.sock)
+            looks = LOOKS if left < before else looks - 1
+            if not looks: raise TimeoutError(f"the application was silent for {timeout:g} s")
         if ready.get(watch, 0) & _GONE: raise RequestAborted("the client went away")
-        if not ready and timeout: raise TimeoutError(f"the application was silent for {timeout:g} s")
         return ready
 
     def send(self) -> None:

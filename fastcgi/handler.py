@@ -12,6 +12,7 @@ from socketserver import BaseRequestHandler
 from typing import Any
 
 from . import forks
+from .addresses import AddressError, allowed_peers, peer_allowed
 from .channel import Channel
 from .core import Bytes, Request
 from .errors import ConnectionLost, RequestAborted
@@ -37,6 +38,7 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
 
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
         "Serve all requests of the connection `request`, a connected socket. The server closes it."
+        if type(client_address) is tuple and not _may_connect(client_address, server): return
         # what a subclass's own __init__ set before; to ask an empty handler for its dict would make all it does slower
         fixed = {} if type(self).__init__ is FcgiHandler.__init__ else vars(self).copy()
         Session(self, fixed, request, client_address, server).run(self)
@@ -142,6 +144,17 @@ class FcgiHandler(FcgiRequest, BaseRequestHandler):
             if not self._begins(exchange._head or exchange._stdout): self._check_answer()
             if self._unlogged: self._log_rest()
             channel.end(exchange, self.app_status)
+
+
+def _may_connect(client_address: Any, server: Any) -> bool:
+    "Whether a TCP peer is among the web servers (spec 3.2), where the server does not look itself, as ours do."
+    if (addrs := os.environ.get("FCGI_WEB_SERVER_ADDRS")) is None or hasattr(server, "web_server_addrs"): return True
+    try: allowed = allowed_peers(addrs)
+    except AddressError as e: log.error("connection refused: FCGI_WEB_SERVER_ADDRS: %s", e)
+    else:
+        if peer_allowed(client_address, allowed): return True
+        log.warning("connection refused: peer=%r is not among the web servers", client_address)
+    return False
 
 
 _STREAMS = ("stdin", "data", "stdout", "stderr")

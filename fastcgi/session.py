@@ -13,6 +13,7 @@ from typing import Any
 from .channel import Channel
 from .connection import Connection, Exchange
 from .request import FRESH
+from .sockets import untaken
 
 __all__ = ("Session",)
 
@@ -122,8 +123,12 @@ class Session(Channel):
             what, events = "room", select.POLLOUT | (0 if self.full() else select.POLLIN)
         elif not exchanges: what = "rest of a request" if connection.midway else "request"
         else: what = "rest of a request" if any(not o.ended for o in exchanges) else "end of STDIN"
-        if what != self.waits_for: self.waits_for, self.since = what, now
-        elif self.until is not None and now >= self.until: return self.expired()
+        if what != self.waits_for:
+            self.waits_for, self.since = what, now
+            if what == "room": self._untaken = untaken(self.socket)
+        elif self.until is not None and now >= self.until:
+            if what != "room" or not self.takes(): return self.expired()
+            self.since = now
         if what == "request": limit = self.cls.idle_timeout
         else: limit = self.read_timeout if what == "rest of a request" else self.timeout
         self.until = None if limit is None else self.since + limit

@@ -21,6 +21,7 @@ import select
 import socket
 import stat
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ from .addresses import Address, AddressError, AddressLike, parse_address
 from .privileges import group_id, user_id
 
 __all__ = ("UnixListener", "above_streams", "accept_locked", "is_listening", "listen", "no_delay", "remove",
-           "systemd_sockets")
+           "systemd_sockets", "untaken")
 
 BACKLOG = 1024  # connections; the kernel's own limit (Linux: net.core.somaxconn, 4096) may cut it
 MAX_PATH = 103 if sys.platform == "darwin" or "bsd" in sys.platform else 107  # bytes of sun_path, less its NUL
@@ -40,6 +41,7 @@ PINS = "/proc/self/fd" if sys.platform == "linux" else ""  # where an open file 
 LISTEN_FDS_START = 3  # sd_listen_fds(3)
 FAMILIES = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}
 FD_HINT = "start me from a web server or give an address"
+_OUTQ = termios.TIOCOUTQ  # which Linux also calls SIOCOUTQ
 
 log = logging.getLogger("fastcgi.server")
 
@@ -117,6 +119,18 @@ def no_delay(sock: socket.socket) -> None:
     For inherited ones, and elsewhere, call it on what was accepted.
     """
     if sock.family != socket.AF_UNIX: sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def untaken(
+    sock: Any,  # connected; whatever has `fileno`
+) -> int:  # only to be compared with what it was before; 0 where the system does not tell
+    """About how many bytes the kernel holds of what was sent. Less than before: the peer is there, and takes some.
+
+    That shows long before there is room to send more: Linux calls a TCP socket writable once a third of its buffer,
+    which may be megabytes, is free, and a Unix socket with three quarters.
+    """
+    try: return int.from_bytes(fcntl.ioctl(sock, _OUTQ, bytes(4)), sys.byteorder)
+    except (OSError, ValueError): return 0
 
 
 def accept_locked(

@@ -577,6 +577,22 @@ def test_the_end_of_the_connection_cancels_the_handler(run, free_port, leave, wa
     run(main())
 
 
+@pytest.mark.parametrize("wait", [for_ever, writing])
+def test_a_peer_that_half_closes_sees_that_the_answer_breaks_off(run, path, wait):
+    watched = Watched(wait)
+
+    async def main():
+        async with serving(watched.handle, path), connected(path) as peer:
+            await peer.send(h.request(keep=True))
+            await asyncio.wait_for(watched.begun.wait(), h.DEADLINE)
+            peer.writer.write_eof()
+            got = await asyncio.wait_for(peer.stream.read(), h.DEADLINE)
+            assert {o.typ for o in h.split(got)[0]} <= {h.STDOUT} and h.rec(h.STDOUT) not in got
+
+    run(main())
+    assert isinstance(watched.why, asyncio.CancelledError)
+
+
 def test_a_request_and_its_end_that_arrive_at_once(run, path):
     async def main():
         async with serving(for_ever, path) as server:

@@ -305,6 +305,15 @@ def test_progress_is_no_silence(run, path):
     assert run(main()) == b"01234567"
 
 
+@test_client.linux
+@pytest.mark.parametrize("size", [MB, 8 * MB])
+def test_an_application_that_reads_slowly_is_not_silent(run, size):
+    async def main(address):
+        async with client(address, timeout=1) as c: return await (await c.request(GET, bytes(size))).read()
+
+    with test_client.slow_application() as app: assert run(main(app.listener.getsockname())) == b"thanks"
+
+
 def test_nobody_listens(run, path, free_port):
     async def main():
         for address in path, ("127.0.0.1", free_port):

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -367,8 +368,8 @@ def check_bytes(cuts, n, traced):
 class Script:
     "An application that serves connections one after another: each step gets the connected socket."
     def __init__(self, path, *steps):
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(path))
+        self.listener = path if isinstance(path, socket.socket) else socket.socket(socket.AF_UNIX)
+        if self.listener is not path: self.listener.bind(str(path))
         self.listener.listen()
         self.listener.settimeout(h.DEADLINE)
         self.failed = None
@@ -544,6 +545,33 @@ def test_an_application_that_reads_nothing_times_out(path):
     with Script(path, lambda sock: left.wait(h.DEADLINE)), FcgiClient(path, timeout=.05) as client:
         with pytest.raises(TimeoutError): client.request({}, b"x" * 8 * MB)
         left.set()
+
+
+def slow_application():
+    "One that takes an upload steadily but slowly, for more than a second, and answers. Most is in the client's kernel."
+    def step(sock):
+        data, end = bytearray(), time.monotonic() + 2.5
+        while time.monotonic() < end:
+            data += sock.recv(4000)
+            time.sleep(.1)
+        while not data.endswith(h.rec(h.STDIN)):
+            assert (more := sock.recv(1 << 20)), "the client left"
+            data += more
+        sock.sendall(answer(OK + b"thanks"))
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)  # of what it accepts
+    listener.bind(("127.0.0.1", 0))
+    return Script(listener, step)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel does not tell what an application has taken")
+
+
+@linux
+@pytest.mark.parametrize("size", [MB, 8 * MB])
+def test_an_application_that_reads_slowly_is_not_silent(size):
+    with slow_application() as app, FcgiClient(app.listener.getsockname(), timeout=1) as client:
+        assert client.request({}, bytes(size)).read() == b"thanks"
 
 
 def test_a_full_queue_is_waited_for(path):

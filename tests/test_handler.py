@@ -698,6 +698,28 @@ def test_reading_an_aborted_upload(how, caplog):
     assert not caplog.messages
 
 
+@servers
+def test_an_answer_that_breaks_off_as_the_peer_has_half_closed_has_no_end(Server, start):
+    def handle(self):
+        self.write(HEAD)
+        for _ in range(99):
+            if self.aborted(): return
+            self.write(bytes(1000))
+            self.flush()
+    with connect(start(Server, handler(handle)).server_address) as sock:
+        sock.sendall(request())
+        sock.shutdown(socket.SHUT_WR)
+        assert END_REQUEST not in [o.typ for o in split(read_all(sock))[0]]
+
+
+@servers
+def test_who_looks_for_no_end_of_the_peer_answers_a_half_closed_one_whole(Server, start):
+    with connect(start(Server, handler()).server_address) as sock:
+        sock.sendall(request())
+        sock.shutdown(socket.SHUT_WR)
+        assert answers(read_all(sock))[0].stdout == OK
+
+
 def test_aborted_connection_serves_the_next_request():
     def handle(self): self.write(HEAD + self.read())
     with handling(handler(handle)) as sock:
@@ -1188,6 +1210,41 @@ def test_published_program_with_a_response_on_descriptor_0():
         with connect(srv.getsockname()) as sock: res, = answers(converse(sock, request()))
         assert json.loads(res.body) == ENVIRON and res.headers["content-type"].startswith("application/json")
         assert app.stop() == 0
+
+
+@servers
+def test_where_a_send_waits_whatever_it_is_told(Server, start, monkeypatch, caplog):
+    "As on macOS, if the socket blocks."
+    monkeypatch.setattr("fastcgi.channel._DONTWAIT", 0)
+    monkeypatch.setattr("fastcgi.channel._WAITS", True)
+    monkeypatch.setattr(worker, "SWEEP", .05)
+    srv = start(Server, handler(lambda self: self.write(HEAD + self.read() + bytes(8 << 20)), timeout=.2))
+    with connect(srv.server_address) as sock:
+        sock.sendall(request(BODY))
+        wait_until(lambda: "nothing was read" in caplog.text, "the end of a peer that reads nothing")
+    with connect(srv.server_address) as sock: assert exchange(sock, request(BODY)).body == BODY + bytes(8 << 20)
+
+
+@pytest.mark.parametrize("Server", [TCP, ThreadingTCP], ids=lambda o: o.__name__)
+@pytest.mark.parametrize("addrs, why", [
+    (None, ""), ("127.0.0.1,::1", ""), ("10.0.0.1", "not among the web servers"), ("", "not among the web servers"),
+    ("127.0.0.1, example.org", "ADDRS: not an IP address: 'example.org'")])
+def test_only_web_servers_may_connect(Server, start, monkeypatch, caplog, addrs, why):
+    "Whatever the server: ours look themselves, see test_server."
+    if addrs is None: monkeypatch.delenv("FCGI_WEB_SERVER_ADDRS", raising=False)
+    else: monkeypatch.setenv("FCGI_WEB_SERVER_ADDRS", addrs)
+    srv = start(Server, handler())
+    with connect(srv.server_address) as sock:
+        if not why: assert exchange(sock, request()).stdout == OK
+        else:
+            with suppress(ConnectionResetError): assert read_all(sock) == b""
+    if why: assert re.fullmatch(f"connection refused: .*{why}.*", *caplog.messages)
+    else: assert not caplog.messages
+
+
+def test_who_comes_by_a_unix_socket_may_always_connect(start, monkeypatch):
+    monkeypatch.setenv("FCGI_WEB_SERVER_ADDRS", "10.0.0.1")
+    with connect(start(Unix, handler()).server_address) as sock: assert exchange(sock, request()).stdout == OK
 
 
 def test_default_timeout_of_sockets():

@@ -1,12 +1,16 @@
 """A peer that is slow to take its answer holds up no process of a `PreForkMixIn`, within `Limits.max_unsent`."""
 import select
 import socket
+import sys
 import threading
+import time
 from contextlib import ExitStack, closing
+from socketserver import TCPServer, UnixStreamServer
 
 import pytest
 from helpers import DEADLINE, Reader, connect, exchange, request, serve
 
+from fastcgi.aio import AsyncFcgiHandler
 from fastcgi.handler import FcgiHandler
 from fastcgi.prefork import PreForkTCPServer, PreForkUnixServer
 
@@ -90,6 +94,66 @@ def test_who_reads_nothing_is_given_up(short_dir, caplog, monkeypatch):
             poll.register(sock, select.POLLHUP)
             assert poll.poll(DEADLINE * 1000)
             assert "nothing was read by peer=''" in caplog.text and "method=GET path=/app.py/a%20b\n" in caplog.text
+
+
+class Small(FcgiHandler):
+    "Much, in pieces that are buffers of their own in a Unix socket, whose place is free once they are read."
+    timeout, max_unsent, size = 1, MIB, 8 * MIB
+
+    def handle(self):
+        self.write(b"\n")
+        for _ in range(self.size // 8000):
+            self.write(bytes(8000))
+            self.flush()
+
+
+class Parked(Small): size = MIB
+
+
+class AsyncSmall(AsyncFcgiHandler):
+    timeout = 1
+
+    async def handle(self): await self.write(b"\n" + bytes(8 * MIB))
+
+
+def slow(address):
+    "A peer that has asked for much, and whose kernel takes little: the rest waits in the server's."
+    with ExitStack() as stack:
+        sock = stack.enter_context(socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX))
+        if isinstance(address, tuple):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1448)
+        sock.settimeout(DEADLINE)
+        sock.connect(address)
+        sock.sendall(request())
+        stack.pop_all()
+        return sock
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does not tell what a peer has taken")
+def test_who_reads_slowly_is_not_given_up(short_dir, monkeypatch, caplog):
+    "Linux says that there is room once a third of a TCP buffer is free, and three quarters of a Unix socket's."
+    monkeypatch.setattr("fastcgi.worker.SWEEP", .05)
+    monkeypatch.setattr("fastcgi.aio.SWEEP", .05)
+    alone = {"workers": 0}
+    kinds = [(UnixStreamServer, Small), (TCPServer, Small), (type("Unix", (PreForkUnixServer,), alone), Parked),
+             (type("TCP", (PreForkTCPServer,), alone), Parked), (type("Async", (PreForkTCPServer,), alone), AsyncSmall)]
+    with ExitStack() as stack:
+        peers = []
+        for i, (cls, handler) in enumerate(kinds):
+            srv = cls(str(short_dir / f"{i}") if cls.address_family == socket.AF_UNIX else ("127.0.0.1", 0), handler)
+            srv.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)  # of what it accepts on TCP
+            stack.enter_context(serve(srv))
+            peers.append(stack.enter_context(slow(srv.server_address)))
+        end = time.monotonic() + 3.5 * Small.timeout
+        while time.monotonic() < end:
+            for i, sock in enumerate(peers): assert sock.recv(4000), (kinds[i], caplog.text)
+            time.sleep(Small.timeout / 10)
+        assert "nothing was read" not in caplog.text
+        end = time.monotonic() + DEADLINE  # from here on nothing is
+        while caplog.text.count("nothing was read") < len(peers):
+            assert time.monotonic() < end, caplog.text
+            time.sleep(.01)
 
 
 def test_who_leaves_costs_nothing_more(server):
