@@ -176,8 +176,9 @@ class WSGIHandler(FcgiHandler):
         for data in blocks:
             if type(data) is not bytes: data = self._block(data)
             if not data: continue
+            if self._head == b"" and self.aborted(): return
             self._put(data, len(data) if single else size)
-            if self._bodiless or self.aborted(): return
+            if self._bodiless: return
         if self._head != b"": self.write(self._begun(0))
         self._check_length()
 
