@@ -285,6 +285,35 @@ def test_pid_file(here):
         with serving(here, *args) as program: assert (here / "pid").read_text() == f"{program.pid}\n"
 
 
+@pytest.mark.parametrize("name", ["log", "access_log", "pid"])
+def test_a_reload_is_refused_where_a_file_cannot_be_written(here, name):
+    write(here / "app.py", APP)
+    write(here / "a.toml", "workers = 1")
+    with serving(here, "app:Page", "--config", "a.toml") as program:
+        write(here / "a.toml", f'workers = 1\n{name} = "none/file"')
+        program.send_signal(signal.SIGHUP)
+        wait_until(lambda: "the old code goes on" in program.said(), "that it is refused")
+        assert re.search("old code goes on: fastcgi serve: cannot write (the log )?none/file: No such file or",
+                         program.said())
+        (here / "none").mkdir()
+        program.send_signal(signal.SIGHUP)
+        wait_until(lambda: (here / "none" / "file").exists(), "the file")
+        assert ask(program).startswith("Page") and program.stop() == 0
+
+
+@pytest.mark.parametrize("name", ["log", "access-log", "pid"])
+def test_who_goes_on_for_a_program_does_so_without_a_file_that_cannot_be_written(here, name):
+    write(here / "app.py", APP)
+    code = ("import sys, fastcgi.launch as o; from fastcgi.cli import main\n"
+            f"o.has_predecessor = lambda: True; main(['serve', 'app:Page', '--workers', '1', '--{name}', '/none/x'])")
+    with h.Program("-c", code, cwd=here, env=environ()) as program:
+        program.path = here / "fcgi.sock"
+        wait_until(lambda: "INFO serving " in program.said() or program.poll() is not None, "start")
+        assert re.search("ERROR cannot write (the log )?/none/x: No such file or directory; (it goes to|choose)",
+                         program.said())
+        assert ask(program).startswith("Page") and program.stop() == 0
+
+
 # Pages of its own
 
 def test_status_and_ping(here):
