@@ -23,6 +23,7 @@ from .decorator import LOG_FORMAT, inherited_address
 from .privileges import group_id, is_root, user_id
 from .reexec import has_predecessor, is_trial
 from .settings import SETTINGS, Given
+from .sockets import look_at
 from .watch import changes
 
 __all__ = ("LaunchError", "Plan", "let_in")
@@ -63,9 +64,9 @@ class Plan:
         "Look whether it could be served, without doing so; what would be, in a line."
         app = self.find()
         address = parse_address(next(o for o in (self.address, app.address, self.command["bind"]) if o is not None))
-        folder = os.path.dirname(address.path) or "."
-        if address.kind == "unix" and not os.path.isdir(folder):
-            raise LaunchError(f"no such directory: {folder}; create it first")
+        for o in address, self.of["server"].get("status_listen"):
+            if o is not None: look_at(o)
+        self._look_at_files()
         for name, look_up in (("user", user_id), ("group", group_id), ("listen_owner", user_id),
                               ("listen_group", group_id)):
             if who := self.of["server"].get(name): look_up(who)
@@ -187,9 +188,10 @@ def _cannot_write(name: str, path: str, e: OSError) -> LaunchError:
 def _may_write(path: str) -> None:
     "Raise the `OSError` that comes of writing to a file, if it would, without making one."
     folder = os.path.dirname(path) or "."
-    no = errno.EISDIR if os.path.isdir(path) else errno.EACCES
-    if no == errno.EACCES and os.access(path if os.path.exists(path) else folder, os.W_OK): return
-    if not os.path.isdir(folder): no = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    if os.path.isdir(path): no = errno.EISDIR
+    elif not os.path.isdir(folder): no = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    elif os.access(path if os.path.exists(path) else folder, os.W_OK): return
+    else: no = errno.EACCES
     raise OSError(no, os.strerror(no), path)
 
 
