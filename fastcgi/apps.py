@@ -366,8 +366,16 @@ _IMPORTING = re.compile(rf"\A<frozen importlib|{re.escape(os.sep)}importlib{re.e
 
 def _where(error: BaseException) -> str:
     if isinstance(error, SyntaxError): return "".join(traceback.format_exception_only(error)[:-1])
-    tb = _theirs(error)
-    return "".join(traceback.format_tb(tb)[-1:]) if tb else ""
+    frames = traceback.extract_tb(_theirs(error))
+    return "".join(traceback.format_list(([o for o in frames if not _is_library(o.filename)] or frames)[-1:]))
+
+
+def _is_library(path: str) -> bool:
+    "Whether it is code of others, at which nobody looks first: Python's, an installed package's, or ours."
+    return path.startswith(("<", *_LIBRARY)) or bool(re.search(r"[\\/](site|dist)-packages[\\/]", path))
+
+
+_LIBRARY = tuple(os.path.join(os.path.dirname(o), "") for o in (traceback.__file__, __file__))
 
 
 def _trace(error: BaseException) -> str:

@@ -164,6 +164,17 @@ def test_where_and_trace_are_the_applications(here, tmp_path):
     assert e.value.where == e.value.trace == ""
 
 
+@pytest.mark.parametrize(("text", "line"), [
+    ("import os\nos.environ['none such']\n", 2), ("import json\ndef f(): json.loads('{')\n\nf()", 2),
+    ("from fastcgi import *\n@fastcgi(worker=3)\ndef page(): pass", 2),
+    ("import sys; sys.path.insert(0, 'site-packages'); import installed", 1)])
+def test_the_last_line_is_that_of_a_file_of_the_users(here, tmp_path, text, line):
+    here("settings.py", text)
+    here("site-packages/installed.py", "1 / 0")
+    with pytest.raises(AppError) as e: load("settings.py:app")
+    assert f'File "{tmp_path}/settings.py", line {line}, in ' in e.value.where and e.value.where.count("File") == 1
+
+
 # Finding
 
 CGI_SCRIPT = "print('Content-Type: text/plain\\n\\nscript')"
