@@ -40,6 +40,7 @@ KINDS = {"wsgi": "wsgi", "asgi": "asgi", "handler": "handler", "cgi": "cgi funct
          "async handler": "async handler", "script": "script", "program": "program", "cgi-bin": "cgi-bin"}
 CALLED = {0: "cgi function", 2: "wsgi", 3: "asgi"}  # by the number of arguments
 USUAL = "application", "app"  # names of applications
+FACTORY = re.compile(r"(create|make|get|build|new)_?(\w+_)?app(lication)?|app(lication)?_?factory", re.I)
 HTTP = {"http.server", "socketserver", "wsgiref.simple_server", "xmlrpc.server"}  # whose servers speak no FastCGI
 
 
@@ -97,7 +98,7 @@ def kind_of(obj: Any) -> str:
     """What an object is: 'handler', 'async handler', 'wsgi', 'asgi' or 'cgi function'.
 
     A coroutine function, or an object whose `__call__` is one, is ASGI; else a callable of two arguments is WSGI, of
-    three ASGI, and a function of none is CGI. Raises `AppError` where that leaves a doubt.
+    three ASGI, and a function of none, but no class, is CGI. Raises `AppError` where that leaves a doubt.
     """
     if isclass(obj) and issubclass(obj, FcgiHandler): return "handler"
     if isclass(obj) and (aio := sys.modules.get("fastcgi.aio")) and issubclass(obj, aio.AsyncFcgiHandler):
@@ -120,6 +121,9 @@ def kind_of(obj: Any) -> str:
     if iscoroutinefunction(call):
         if least <= 3 <= most or star: return "asgi"
         raise AppError(f"{what} is no ASGI application: that takes (scope, receive, send), not {signature(obj)}")
+    if isclass(func) and not least and most < 2:
+        raise AppError(f"{_called(obj)} is a class, but of no handler of ours: let it inherit from FcgiHandler, or if "
+                       f"it makes an application, say {_called(obj)}()")
     if least in CALLED and (least or most < 2 and not star): return CALLED[least]
     could = [o for n, o in CALLED.items() if least <= n <= most]
     if len(could) == 1 and not star: return could[0]
@@ -137,8 +141,17 @@ def _decorated(obj: Any) -> bool:
     return isinstance(obj, partial) and isclass(obj.func) and issubclass(obj.func, CGIServer)
 
 
+def _is_factory(obj: Any) -> bool:
+    "Whether a function is to be called for an application, by its name, and can be."
+    if not isfunction(obj) or not FACTORY.fullmatch(obj.__name__): return False
+    return all(o.default is not o.empty or o.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+               for o in signature(obj).parameters.values())
+
+
 def _adapted(obj: Any, name: str, kind: str | None, options: dict[str, Any]) -> App:
     "The handler class for an object; takes out of `options` what the adapter wants."
+    if kind is None and _is_factory(obj):
+        raise AppError(f"{name} makes an application, by its name: say {name}(), or --kind cgi if it prints a page")
     what = KINDS[kind] if kind else kind_of(obj)
     if kind == "handler": what = kind_of(obj)
     if kind in ("script", "program", "cgi-bin") or kind == "handler" and not what.endswith("handler"):

@@ -29,6 +29,9 @@ class Bound:
     async def app(self, scope, receive, send): ...
 
 
+class Plain: ...
+
+
 class Asgi:
     async def __call__(self, scope, receive, send): ...
 
@@ -79,6 +82,9 @@ def test_kinds(obj, kind): assert kind_of(obj) == kind
     (endpoint, "endpoint of type function is no ASGI application: that takes (scope, receive, send), not (request)"),
     (none, "none of type function is no ASGI application"), (3, "an object of type int is no application"),
     ("x", "an object of type str is no application: it cannot be called"), (dict, "cannot tell what dict of type type"),
+    (Plain, "Plain is a class, but of no handler of ours: let it inherit from FcgiHandler, or if it makes an "
+            "application, say Plain()"), (Bound, "Bound is a class, but of no handler"),
+    (Asgi, "Asgi is a class, but of no handler"),
     (apps, "fastcgi.apps is a module: say which application in it, as in fastcgi.apps:app"),
     (MinimalHTTPHandler, "MinimalHTTPHandler is a handler, but not of FastCGI: let it inherit from FcgiHandler")],
     ids=named)
@@ -265,6 +271,25 @@ def test_what_cannot_be_found(here, target, kind, says):
     here("syntax.py", "def x(:")
     with pytest.raises(AppError) as e: find(target, kind)
     assert str(e.value).startswith(says) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["create_app", "make_app", "get_wsgi_application", "createApp", "app_factory"])
+@pytest.mark.parametrize("args", ["", "config=None", "*args, **kw"])
+def test_a_factory_is_not_taken_for_a_cgi_function(here, name, args):
+    here("fac.py", f"def {name}({args}): return lambda environ, start_response: []")
+    for where in "fac", "fac.py":
+        with pytest.raises(AppError) as e: find(f"{where}:{name}")
+        assert str(e.value) == (f"{where}:{name} makes an application, by its name: say {where}:{name}(), or --kind "
+                                "cgi if it prints a page")
+        assert find(f"{where}:{name}()").kind == "wsgi"
+    assert args or find(f"fac:{name}", "cgi").kind == "cgi function"
+
+
+def test_names_of_factories():
+    def make_app(environ, start_response): ...
+    def apply(): ...
+    def get_apple(): ...
+    assert find(make_app).kind == "wsgi" and find(apply).kind == find(get_apple).kind == "cgi function"
 
 
 def test_settings_of_a_handler():
