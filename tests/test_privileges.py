@@ -199,10 +199,12 @@ def test_numbers_of_nobody_known(open_dir):
 
 
 @root
-def test_there_is_no_way_back():
-    code = '''
+@pytest.mark.parametrize("lacks", ["", "setresuid setresgid getresuid getresgid"], ids=["Linux", "macOS"])
+def test_there_is_no_way_back(lacks):
+    code = f"lacks = {lacks.split()!r}" + '''
 import os
 from fastcgi import privileges
+for o in lacks: delattr(os, o)
 privileges.drop("nobody")
 for do in (lambda: os.setuid(0), lambda: os.seteuid(0), lambda: os.setgid(0), lambda: os.setgroups([0])):
     try: do()
