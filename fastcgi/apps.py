@@ -474,6 +474,7 @@ def serve(app: Any, address: Any = None, **settings: Any) -> None:
     with server_for(app, address, **settings) as server:
         server.on_start = lambda: log.info("serving %s; Ctrl-C ends it", server)
         server.serve_forever()
+    log.info("ended %s", server.app)
 
 
 def _cannot(server: Any) -> str:

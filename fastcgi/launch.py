@@ -91,6 +91,7 @@ class Plan:
 
             server.on_start = begin
             server.serve_forever()
+        log.info("ended %s", server.app)
 
     def _server(self) -> AppServer:
         settings = {k: v for to in ("server", "handler", "app") for k, v in self.of[to].items()}

@@ -390,6 +390,7 @@ def test_a_given_address_counts(short_dir):
     with h.Program("page.py", cwd=short_dir) as program:
         wait_until(lambda: "serving Page" in program.said() or program.poll() is not None, "start")
         assert (short_dir / "here.sock").exists() and program.stop() == 0
+        assert program.said().count(" INFO ended Page (handler)\n") == 1
 
 
 def test_asyncio_is_not_needed_to_serve_without_it():

@@ -416,6 +416,7 @@ def test_it_ends(here, signum, workers, name):
     with serving(here, f"app:{name}", "--workers", str(workers)) as program:
         assert ask(program).startswith(name)
         assert program.stop(signum) == 0 and not program.path.exists() and "Traceback" not in program.said()
+        assert program.said().count(" ended ") == 1 and re.search(rf" INFO ended app:{name} \(.*\)\n\Z", program.said())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
