@@ -30,7 +30,7 @@ from .prefork import PreForkMixIn
 from .privileges import is_root
 from .request import theirs
 
-__all__ = ("App", "AppError", "AppServer", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
+__all__ = ("App", "AppError", "AppServer", "cannot", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
            "missing", "no_threads", "serve", "server_for")
 
 log = logging.getLogger("fastcgi.server")
@@ -409,7 +409,7 @@ class AppServer(PreForkMixIn, TCPServer):
     def adopt(self, app: App) -> None:
         "Serve this one."
         self.app, self.RequestHandlerClass = app, app.handler
-        if why := _cannot(self): raise AppError(f"{app} {why}")
+        if why := cannot(self): raise AppError(f"{app} {why}")
 
     def __str__(self) -> str:
         "What it serves, where, and how."
@@ -442,7 +442,7 @@ def server_for(
         where = found.address if found.address is not None else "fcgi.sock"
         if later: look = partial(_told_where, look, where)
     cls = type("AppServer", (AppServer,), {**found.options, **for_server, "app": found})
-    if not later and (why := _cannot(cls)): raise AppError(f"{found} {why}")
+    if not later and (why := cannot(cls)): raise AppError(f"{found} {why}")
     server: AppServer = cls(where, found.handler)
     try:
         if not server.preload: server.load = lambda: look().handler
@@ -477,7 +477,7 @@ def serve(app: Any, address: Any = None, **settings: Any) -> None:
     log.info("ended %s", server.app)
 
 
-def _cannot(server: Any) -> str:
+def cannot(server: Any) -> str:  # or its class
     "Why an application cannot be served as it is to be; empty if it can."
     if server.threads > 1 and (why := no_threads(server.app.handler)): return f"takes no threads: {why}"
     if issubclass(server.app.handler, FcgiHandler) or server.loop != "uvloop" or find_spec("uvloop"): return ""

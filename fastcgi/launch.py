@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from .addresses import parse_address
-from .apps import App, AppError, AppServer, find, server_for
+from .apps import App, AppError, AppServer, cannot, find, server_for
 from .decorator import LOG_FORMAT, inherited_address
 from .privileges import group_id, is_root, user_id
 from .reexec import has_predecessor, is_trial
@@ -63,6 +63,8 @@ class Plan:
     def check(self) -> str:
         "Look whether it could be served, without doing so; what would be, in a line."
         app = self.find()
+        server = type("Server", (AppServer,), {**app.options, **self.of["server"], "app": app})
+        if why := cannot(server): raise LaunchError(f"{app} {why}")
         address = parse_address(next(o for o in (self.address, app.address, self.command["bind"]) if o is not None))
         for o in address, self.of["server"].get("status_listen"):
             if o is not None: look_at(o)

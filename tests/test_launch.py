@@ -213,6 +213,8 @@ def test_check(here):
     (("--bind", "app.py/s"), "not a directory: app.py; choose another"),
     (("--bind", "x" * 200), f"socket path too long: 200 bytes, at most 107; choose a shorter one than {'x' * 200}"),
     (("--bind", "192.0.2.1:9000"), "not an address of this machine: 192.0.2.1"),
+    (("--threads", "2", "--kind", "cgi"), "app:Page (CGI function) takes no threads: a request has the process for "
+                                          "itself; give it more workers"),
     (("--status-listen", "app.py"), "not a socket at that path: app.py is a file; remove it or choose another"),
     (("--log", "no/log"), "cannot write the log no/log: No such file or directory"),
     (("--access-log", "app.py/log"), "cannot write the log app.py/log: Not a directory"),
