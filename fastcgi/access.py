@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -177,16 +178,24 @@ class LogFile(logging.Handler):
         self,
         path: str | os.PathLike[str],
         mode: int = 0o640,  # of a file that is made
+        owner: int | None = None,  # whose it is then, where root makes it for an account that it becomes
     ) -> None:
         "Raises `OSError` if the file cannot be opened."
         super().__init__()
-        self.path, self.mode = os.path.abspath(path), mode
+        self.path, self.mode, self.owner = os.path.abspath(path), mode, owner
         self.lost = 0  # lines
         self._said = -SAY_AGAIN
         self._cut = False  # a line was written in part
         self._fd = self._open()
 
-    def _open(self) -> int: return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, self.mode)
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        if self.owner is not None:
+            with suppress(FileExistsError):  # that is somebody's already, and no link of another account leads us
+                fd = os.open(self.path, flags | os.O_EXCL, self.mode)
+                with suppress(OSError): os.fchown(fd, self.owner, -1)
+                return fd
+        return os.open(self.path, flags, self.mode)
 
     def reopen(self) -> None:
         "Open the file anew, as after it was moved away (SIGUSR1). If that fails the lines go to the old one."

@@ -30,7 +30,7 @@ from .prefork import PreForkMixIn
 from .privileges import is_root
 from .request import theirs
 
-__all__ = ("App", "AppError", "AppServer", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
+__all__ = ("App", "AppError", "AppServer", "cannot", "find", "handler_for", "is_program_of_ours", "kind_of", "load",
            "missing", "no_threads", "serve", "server_for")
 
 log = logging.getLogger("fastcgi.server")
@@ -40,6 +40,7 @@ KINDS = {"wsgi": "wsgi", "asgi": "asgi", "handler": "handler", "cgi": "cgi funct
          "async handler": "async handler", "script": "script", "program": "program", "cgi-bin": "cgi-bin"}
 CALLED = {0: "cgi function", 2: "wsgi", 3: "asgi"}  # by the number of arguments
 USUAL = "application", "app"  # names of applications
+FACTORY = re.compile(r"(create|make|get|build|new)_?(\w+_)?app(lication)?|app(lication)?_?factory", re.I)
 HTTP = {"http.server", "socketserver", "wsgiref.simple_server", "xmlrpc.server"}  # whose servers speak no FastCGI
 
 
@@ -97,7 +98,7 @@ def kind_of(obj: Any) -> str:
     """What an object is: 'handler', 'async handler', 'wsgi', 'asgi' or 'cgi function'.
 
     A coroutine function, or an object whose `__call__` is one, is ASGI; else a callable of two arguments is WSGI, of
-    three ASGI, and a function of none is CGI. Raises `AppError` where that leaves a doubt.
+    three ASGI, and a function of none, but no class, is CGI. Raises `AppError` where that leaves a doubt.
     """
     if isclass(obj) and issubclass(obj, FcgiHandler): return "handler"
     if isclass(obj) and (aio := sys.modules.get("fastcgi.aio")) and issubclass(obj, aio.AsyncFcgiHandler):
@@ -120,6 +121,9 @@ def kind_of(obj: Any) -> str:
     if iscoroutinefunction(call):
         if least <= 3 <= most or star: return "asgi"
         raise AppError(f"{what} is no ASGI application: that takes (scope, receive, send), not {signature(obj)}")
+    if isclass(func) and not least and most < 2:
+        raise AppError(f"{_called(obj)} is a class, but of no handler of ours: let it inherit from FcgiHandler, or if "
+                       f"it makes an application, say {_called(obj)}()")
     if least in CALLED and (least or most < 2 and not star): return CALLED[least]
     could = [o for n, o in CALLED.items() if least <= n <= most]
     if len(could) == 1 and not star: return could[0]
@@ -137,8 +141,17 @@ def _decorated(obj: Any) -> bool:
     return isinstance(obj, partial) and isclass(obj.func) and issubclass(obj.func, CGIServer)
 
 
+def _is_factory(obj: Any) -> bool:
+    "Whether a function is to be called for an application, by its name, and can be."
+    if not isfunction(obj) or not FACTORY.fullmatch(obj.__name__): return False
+    return all(o.default is not o.empty or o.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+               for o in signature(obj).parameters.values())
+
+
 def _adapted(obj: Any, name: str, kind: str | None, options: dict[str, Any]) -> App:
     "The handler class for an object; takes out of `options` what the adapter wants."
+    if kind is None and _is_factory(obj):
+        raise AppError(f"{name} makes an application, by its name: say {name}(), or --kind cgi if it prints a page")
     what = KINDS[kind] if kind else kind_of(obj)
     if kind == "handler": what = kind_of(obj)
     if kind in ("script", "program", "cgi-bin") or kind == "handler" and not what.endswith("handler"):
@@ -366,8 +379,16 @@ _IMPORTING = re.compile(rf"\A<frozen importlib|{re.escape(os.sep)}importlib{re.e
 
 def _where(error: BaseException) -> str:
     if isinstance(error, SyntaxError): return "".join(traceback.format_exception_only(error)[:-1])
-    tb = _theirs(error)
-    return "".join(traceback.format_tb(tb)[-1:]) if tb else ""
+    frames = traceback.extract_tb(_theirs(error))
+    return "".join(traceback.format_list(([o for o in frames if not _is_library(o.filename)] or frames)[-1:]))
+
+
+def _is_library(path: str) -> bool:
+    "Whether it is code of others, at which nobody looks first: Python's, an installed package's, or ours."
+    return path.startswith(("<", *_LIBRARY)) or bool(re.search(r"[\\/](site|dist)-packages[\\/]", path))
+
+
+_LIBRARY = tuple(os.path.join(os.path.dirname(o), "") for o in (traceback.__file__, __file__))
 
 
 def _trace(error: BaseException) -> str:
@@ -388,7 +409,7 @@ class AppServer(PreForkMixIn, TCPServer):
     def adopt(self, app: App) -> None:
         "Serve this one."
         self.app, self.RequestHandlerClass = app, app.handler
-        if why := _cannot(self): raise AppError(f"{app} {why}")
+        if why := cannot(self): raise AppError(f"{app} {why}")
 
     def __str__(self) -> str:
         "What it serves, where, and how."
@@ -421,7 +442,7 @@ def server_for(
         where = found.address if found.address is not None else "fcgi.sock"
         if later: look = partial(_told_where, look, where)
     cls = type("AppServer", (AppServer,), {**found.options, **for_server, "app": found})
-    if not later and (why := _cannot(cls)): raise AppError(f"{found} {why}")
+    if not later and (why := cannot(cls)): raise AppError(f"{found} {why}")
     server: AppServer = cls(where, found.handler)
     try:
         if not server.preload: server.load = lambda: look().handler
@@ -453,9 +474,10 @@ def serve(app: Any, address: Any = None, **settings: Any) -> None:
     with server_for(app, address, **settings) as server:
         server.on_start = lambda: log.info("serving %s; Ctrl-C ends it", server)
         server.serve_forever()
+    log.info("ended %s", server.app)
 
 
-def _cannot(server: Any) -> str:
+def cannot(server: Any) -> str:  # or its class
     "Why an application cannot be served as it is to be; empty if it can."
     if server.threads > 1 and (why := no_threads(server.app.handler)): return f"takes no threads: {why}"
     if issubclass(server.app.handler, FcgiHandler) or server.loop != "uvloop" or find_spec("uvloop"): return ""

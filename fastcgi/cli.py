@@ -340,14 +340,16 @@ def _latin(s: str) -> str: return os.fsencode(s).decode("latin-1")
 @contextmanager
 def _told(address: str) -> Iterator[None]:
     "What goes wrong is said with what to do about it. Status 2: there is no answer."
-    from .addresses import AddressError
+    from .addresses import AddressError, parse_address
     from .errors import ConnectionLost, RemoteProtocolError
     start = "start the application, or give the address at which it listens"
     try: yield
     except (Mistake, BrokenPipeError): raise
     except AddressError as e: raise Mistake(str(e)) from e
     except TimeoutError as e: raise Mistake(f"{e}: give it more with --timeout, or look what it does") from e
-    except ConnectionLost as e: raise Mistake(f"{e}: the application's log may say why") from e
+    except ConnectionLost as e:
+        closed = ", and whether web_server_addrs lets this address in" if parse_address(address).kind == "tcp" else ""
+        raise Mistake(f"{e}: the application's log may say why{closed}") from e
     except RemoteProtocolError as e:
         if "header" in str(e) or "Status" in str(e):
             raise Mistake(f"{e}: an answer begins with header lines and an empty line; -v shows what came") from e

@@ -93,6 +93,14 @@ class Site:
         "That starts the application so that the web server, which runs as another user, may connect."
         return self.serve + (f" --group {self.user}" if self.path else "")
 
+    @property
+    def directory(self) -> list[str]:
+        "What makes the socket's directory, where no system has it."
+        folder = os.path.dirname(self.path)
+        if not folder.startswith(("/run/", "/var/run/")): return []
+        return ["Before that, and anew after each boot, which empties /run: "
+                f'sudo install -d -o "$USER" -g {self.user} -m 750 {folder}']
+
 
 def render(
     server: str,  # one of `SERVERS`
@@ -104,7 +112,7 @@ def render(
 
 
 def _head(site: Site, *lines: str, more: str = "") -> str:
-    return "".join(f"# {o}\n" for o in (*lines, f"The application: {site.command}{more}"))
+    return "".join(f"# {o}\n" for o in (*lines, f"The application: {site.command}{more}", *site.directory))
 
 
 def _caddy(site: Site) -> str:

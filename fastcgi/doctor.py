@@ -61,15 +61,19 @@ def examine(
 
 def web_server_users() -> list[str]:
     "The accounts of web servers that run here, else those that this system has for some."
-    running = set()
+    there = {o.pw_uid: o.pw_name for o in reversed(pwd.getpwall())}
+    running = {there[uid] for uid, _, _ in _running() if uid in there and uid}
+    return sorted(running) or [o for o in ACCOUNTS if o in there.values()]
+
+
+def _running() -> Iterator[tuple[int, int, set[int]]]:
+    "User, group and all groups that web servers have here by now, which is not always what their accounts have."
     for folder in (o for o in _entries("/proc") if o.isdigit()):
-        with suppress(OSError, KeyError):
-            with open(f"/proc/{folder}/comm") as f: name = f.read().strip()
-            uid = os.stat(f"/proc/{folder}").st_uid
-            if name in WEB_SERVERS and uid: running.add(pwd.getpwuid(uid).pw_name)
-    if running: return sorted(running)
-    there = {o.pw_name for o in pwd.getpwall()}
-    return [o for o in ACCOUNTS if o in there]
+        with suppress(OSError, KeyError, ValueError), open(f"/proc/{folder}/status") as f:
+            status = dict(o.split(":", 1) for o in f)
+            if status["Name"].strip() not in WEB_SERVERS: continue
+            uid, gid = (int(status[o].split()[3]) for o in ("Uid", "Gid"))  # those that count for files
+            yield uid, gid, {gid, *map(int, status["Groups"].split())}
 
 
 # Steps
@@ -107,25 +111,33 @@ def _permissions(path: str, given: list[str], guess: Callable[[], list[str]]) ->
         except KeyError:
             yield Finding(False, f"no such user: {user}; give the one that the web server runs as")
             continue
-        groups = set(os.getgrouplist(user, entry.pw_gid))
-        found = _may_connect(path, user, entry.pw_uid, groups)
+        groups = [o[1:] for o in _running() if o[0] == entry.pw_uid] or [
+            (entry.pw_gid, set(os.getgrouplist(user, entry.pw_gid)))]
+        all_found = [_may_connect(path, user, entry.pw_uid, *o) for o in groups]
+        found = next((o for o in all_found if not o.good), all_found[0])
         yield found if found.good else Finding(False, found.text + hint)
 
 
-def _may_connect(path: str, user: str, uid: int, groups: set[int]) -> Finding:
+def _may_connect(path: str, user: str, uid: int, gid: int, groups: set[int]) -> Finding:
     "By mode, owner and group; access lists are not read."
     real = os.path.realpath(path)
+    st = os.stat(real)
     folders = [real[:m.start()] or "/" for m in re.finditer("/", real)]
     for folder in folders:
         if not _allows(os.stat(folder), uid, groups, 0o1):
-            return Finding(False, f"user {user} may not search {folder}: chmod o+x {folder}, or put the socket into a "
-                                  f"directory of its own, such as /run/{os.path.basename(path).partition('.')[0]}")
-    st = os.stat(real)
+            how = _directory(real, folder, _user(st.st_uid), _group(gid))
+            return Finding(False, f"user {user} may not search {folder}: {how}")
     if _allows(st, uid, groups, 0o2): return Finding(True, f"user {user} may connect")
-    mode, group = st.st_mode & 0o777, _group(next(iter(sorted(groups)), 0))
-    with suppress(KeyError): group = grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
     return Finding(False, f"user {user} may not connect to a socket of {_user(st.st_uid)}:{_group(st.st_gid)}, mode "
-                          f"{mode:04o}: start the application with --group {group}")
+                          f"{st.st_mode & 0o777:04o}: start the application with --group {_group(gid)}")
+
+
+def _directory(path: str, folder: str, owner: str, group: str) -> str:
+    "What to do about a directory on the way to a socket: a home is nothing to open, one for the socket alone is."
+    own = os.path.dirname(path) == folder and re.fullmatch("/run/[^/]+", folder)
+    name = folder if own else f"/run/{os.path.basename(path).partition('.')[0]}"
+    return (f"{'let its group in' if own else 'give the socket a directory of its own'}: "
+            f"install -d -o {owner} -g {group} -m 750 {name}")
 
 
 def _allows(st: os.stat_result, uid: int, groups: set[int], bit: int) -> bool:
@@ -163,7 +175,8 @@ def _speaks(client: FcgiClient) -> Finding:
     except (FcgiError, OSError) as e:
         if what := _http(client): return what
         if _plain_request(client): return Finding(True, "it speaks FastCGI, but for GET_VALUES")
-        return Finding(False, f"what listens there {other}: {_line(e)}; is it the address of another program?")
+        closed = ", or does it let in other addresses only (web_server_addrs)" if client.address.kind == "tcp" else ""
+        return Finding(False, f"what listens there {other}: {_line(e)}; is it the address of another program{closed}?")
     return Finding(True, "it speaks FastCGI")
 
 

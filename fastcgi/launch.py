@@ -5,6 +5,7 @@ serves. What goes wrong is a `FcgiError` of one line. Start reading at `Plan`.
 """
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,11 +18,12 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from .addresses import parse_address
-from .apps import App, AppError, AppServer, find, server_for
+from .apps import App, AppError, AppServer, cannot, find, server_for
 from .decorator import LOG_FORMAT, inherited_address
-from .privileges import group_id, user_id
-from .reexec import is_trial
+from .privileges import group_id, is_root, user_id
+from .reexec import has_predecessor, is_trial
 from .settings import SETTINGS, Given
+from .sockets import look_at
 from .watch import changes
 
 __all__ = ("LaunchError", "Plan", "let_in")
@@ -61,10 +63,12 @@ class Plan:
     def check(self) -> str:
         "Look whether it could be served, without doing so; what would be, in a line."
         app = self.find()
+        server = type("Server", (AppServer,), {**app.options, **self.of["server"], "app": app})
+        if why := cannot(server): raise LaunchError(f"{app} {why}")
         address = parse_address(next(o for o in (self.address, app.address, self.command["bind"]) if o is not None))
-        folder = os.path.dirname(address.path) or "."
-        if address.kind == "unix" and not os.path.isdir(folder):
-            raise LaunchError(f"no such directory: {folder}; create it first")
+        for o in address, self.of["server"].get("status_listen"):
+            if o is not None: look_at(o)
+        self._look_at_files()
         for name, look_up in (("user", user_id), ("group", group_id), ("listen_owner", user_id),
                               ("listen_group", group_id)):
             if who := self.of["server"].get(name): look_up(who)
@@ -72,15 +76,16 @@ class Plan:
 
     def serve(self) -> None:
         "Serve until SIGTERM or Ctrl-C."
-        command = self.command
-        self._set_up_logs()
+        command, goes_on = self.command, has_predecessor()
+        self._set_up_logs(goes_on)
         if is_trial():  # what others see is the affair of the process that goes on
+            self._look_at_files(os.getppid())
             with self._server() as server: server.serve_forever()
             return
         found = changes(self.target) if command["reload"] else None
         with self._server() as server, ExitStack() as stack:
             if found and not server.workers: raise LaunchError("--reload needs a worker to start anew: --workers 1")
-            stack.enter_context(_pid_file(command["pid"]))
+            stack.enter_context(_pid_file(command["pid"], goes_on))
 
             def begin() -> None:
                 log.info("serving %s%s; Ctrl-C ends it", server, let_in(server))
@@ -88,25 +93,53 @@ class Plan:
 
             server.on_start = begin
             server.serve_forever()
+        log.info("ended %s", server.app)
 
     def _server(self) -> AppServer:
         settings = {k: v for to in ("server", "handler", "app") for k, v in self.of[to].items()}
         return server_for(self.target, self.address, kind=self.command["kind"], **settings)
 
-    def _set_up_logs(self) -> None:
+    def _set_up_logs(self, goes_on: bool) -> None:
+        """To files or where they usually go. Raises `LaunchError` where there cannot be such a file.
+
+        Who goes on for a program before us does not end for that: its lines go where they usually do.
+        """
         command, level = self.command, self.command["log_level"].upper()
-        try:
-            handler = _handler("" if is_trial() else command["log"], sys.stderr)
-            handler.setFormatter(logging.Formatter(LOG_FORMAT))
-            handler.addFilter(lambda o: not str(o.msg).startswith(SAID))
-            logging.basicConfig(level=level, handlers=[handler])
-            if not command["access_log"] or is_trial(): return
-            access, lines = logging.getLogger("fastcgi.access"), _handler(command["access_log"], sys.stdout)
-        except OSError as e: raise LaunchError(f"cannot write the log {e.filename}: {e.strerror}") from e
+        handler, why = self._handler("log", sys.stderr, goes_on)
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        handler.addFilter(lambda o: not str(o.msg).startswith(SAID))
+        logging.basicConfig(level=level, handlers=[handler])
+        if why: log.error("%s; it goes to standard error", why)
+        if not command["access_log"] or is_trial(): return
+        access, (lines, why) = logging.getLogger("fastcgi.access"), self._handler("access_log", sys.stdout, goes_on)
+        if why: log.error("%s; it goes to standard output", why)
         lines.setFormatter(logging.Formatter("%(message)s"))
         access.addHandler(lines)
         access.setLevel(logging.INFO)
         access.propagate = False
+
+    def _handler(self, name: str, usual: IO[str], goes_on: bool) -> tuple[logging.Handler, LaunchError | None]:
+        "For a log: a file, '-' for standard output, or what is usual, which takes the place of a file with why it did."
+        path, user = self.command[name], self.of["server"].get("user")
+        if not path or is_trial(): return logging.StreamHandler(usual), None
+        if path == "-": return logging.StreamHandler(sys.stdout), None
+        from .access import LogFile
+        owner = user_id(user) if user is not None and is_root() else None  # who is to open it after a reload
+        try: return LogFile(path, owner=owner), None
+        except OSError as e: why = _cannot_write(name, e.filename, e)
+        if not goes_on: raise why
+        return logging.StreamHandler(usual), why
+
+    def _look_at_files(self, pid: int | None = None) -> None:
+        """Whether logs and the pid file can be written, which makes none.
+
+        Raises `LaunchError` where not, and where the pid file is that of another process than `pid`, if that is given.
+        """
+        for name in "log", "access_log", "pid":
+            if not (path := self.command[name]) or path == "-" and name != "pid": continue
+            try:
+                if name != "pid" or pid is None or not _has(path, pid): _may_write(path)
+            except OSError as e: raise _cannot_write(name, path, e) from e
 
     @contextmanager
     def _watched(self, found: Iterator[list[str]]) -> Iterator[None]:
@@ -131,7 +164,7 @@ class Plan:
         for o in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD): signal.signal(o, signal.SIG_DFL)
         for first, last in (3, lock.fileno()), (lock.fileno() + 1, 1 << 16): os.closerange(first, last)  # the workers'
         logging.getLogger().handlers.clear()
-        self._set_up_logs()
+        self._set_up_logs(True)
         for changed in found:
             with suppress(BlockingIOError):
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,28 +183,47 @@ def let_in(server: AppServer) -> str:
     return "" if mode & 0o066 else "; it is for this account alone: --group www-data lets a web server of that group in"
 
 
-def _handler(name: str | None, usual: IO[str]) -> logging.Handler:
-    "For a log: a file, '-' for standard output, or what is usual."
-    if not name or name == "-": return logging.StreamHandler(sys.stdout if name else usual)
-    from .access import LogFile
-    return LogFile(name)
+def _cannot_write(name: str, path: str, e: OSError) -> LaunchError:
+    what, hint = ("", "; choose another --pid") if name == "pid" else ("the log ", "")
+    return LaunchError(f"cannot write {what}{path}: {e.strerror}{hint}")
+
+
+def _may_write(path: str) -> None:
+    "Raise the `OSError` that comes of writing to a file, if it would, without making one."
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path): no = errno.EISDIR
+    elif not os.path.isdir(folder): no = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    elif os.access(path if os.path.exists(path) else folder, os.W_OK): return
+    else: no = errno.EACCES
+    raise OSError(no, os.strerror(no), path)
 
 
 @contextmanager
-def _pid_file(path: str | None) -> Iterator[None]:
-    "Hold a file with our process id. Raises `LaunchError` where another process that runs has it."
+def _pid_file(path: str | None, goes_on: bool) -> Iterator[None]:
+    """Hold a file with our process id. Raises `LaunchError` where another process that runs has it.
+
+    Who goes on for a program before us, perhaps without its rights, goes on without it, too.
+    """
     if not path: yield; return
+    mine, why = os.getpid(), None
     try:
-        with suppress(FileNotFoundError, ValueError), open(path) as f:
-            if (pid := int(f.read(32))) != os.getpid() and _runs(pid):
-                raise LaunchError(f"{path} says that process {pid} serves already: stop it, or remove the file")
-        with open(path, "w") as f: f.write(f"{os.getpid()}\n")
-    except OSError as e: raise LaunchError(f"cannot write {path}: {e.strerror}; choose another --pid") from e
-    mine = os.getpid()
+        if not _has(path, mine): Path(path).write_text(f"{mine}\n")
+    except LaunchError as e: why = e
+    except OSError as e: why = _cannot_write("pid", path, e)
+    if why and not goes_on: raise why
+    if why: log.error("%s", why)
     try: yield
     finally:
         with suppress(OSError, ValueError):
             if os.getpid() == mine == int(Path(path).read_text()): os.unlink(path)
+
+
+def _has(path: str, pid: int) -> bool:
+    "Whether the file says that this process has it. Raises `LaunchError` where it says so of another one that runs."
+    with suppress(FileNotFoundError, ValueError), open(path) as f:
+        if (has := int(f.read(32))) == pid: return True
+        if _runs(has): raise LaunchError(f"{path} says that process {has} serves already: stop it, or remove the file")
+    return False
 
 
 def _runs(pid: int) -> bool:

@@ -86,8 +86,9 @@ def drop(
     if gid is None: return
     try:
         os.setgroups(groups)
-        os.setresgid(gid, gid, gid)
-        if uid is not None: os.setresuid(uid, uid, uid)
+        if hasattr(os, "setresgid"): os.setresgid(gid, gid, gid)
+        else: os.setgid(gid)  # macOS and NetBSD, where that sets all three for root
+        if uid is not None: os.setresuid(uid, uid, uid) if hasattr(os, "setresuid") else os.setuid(uid)
     except OSError as e:
         raise AddressError(f"cannot become user {user} with group {gid}: {e.strerror}", e.errno) from e
     if uid: _check(uid, gid, groups)
@@ -97,7 +98,9 @@ def drop(
 
 def _check(uid: int, gid: int, groups: list[int]) -> None:
     "Whether there is no way back. What would be one is no mistake of the user, and nothing goes on then."
-    if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3 or set(os.getgroups()) - {gid} != {*groups} - {gid}:
+    uids = os.getresuid() if hasattr(os, "getresuid") else (os.getuid(), os.geteuid())
+    gids = os.getresgid() if hasattr(os, "getresgid") else (os.getgid(), os.getegid())
+    if {*uids} != {uid} or {*gids} != {gid} or {*os.getgroups()} - {gid} != {*groups} - {gid}:
         raise RuntimeError("privileges were not dropped")
     with suppress(PermissionError):
         os.setuid(0)

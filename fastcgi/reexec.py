@@ -44,6 +44,7 @@ def _read() -> dict[str, Any]:
     from json import loads
     try: state: dict[str, Any] = loads(text)
     except ValueError: return {}
+    if not isinstance(state, dict): return {}
     if state.get("pid") != (os.getppid() if "trial" in state else os.getpid()): return {}
     for fd in state["fds"]:
         with suppress(OSError):

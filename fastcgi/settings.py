@@ -22,6 +22,7 @@ __all__ = ("SETTINGS", "Given", "Kind", "Setting", "SettingError", "from_environ
 
 PREFIX = "FASTCGI_"
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+NO_SETTINGS = "FASTCGI_REEXEC", "FASTCGI_COMPILE"  # see `reexec`, and setup.py
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -218,7 +219,7 @@ def from_environ(
     for variable, value in environ.items():
         if not variable.startswith(PREFIX): continue
         name = variable[len(PREFIX):].lower()
-        if variable == "FASTCGI_REEXEC": continue  # see `reexec`
+        if variable in NO_SETTINGS: continue
         if name == "config": found[name] = Given(value, variable)
         elif variable != variable.upper() or name not in SETTINGS:
             hint = near(name, (*SETTINGS, "config"), lambda o: PREFIX + o.upper())

@@ -30,8 +30,8 @@ from typing import IO, Any
 from .addresses import Address, AddressError, AddressLike, parse_address
 from .privileges import group_id, user_id
 
-__all__ = ("UnixListener", "above_streams", "accept_locked", "is_listening", "listen", "no_delay", "remove",
-           "systemd_sockets", "untaken")
+__all__ = ("UnixListener", "above_streams", "accept_locked", "is_listening", "listen", "look_at", "no_delay",
+           "remove", "systemd_sockets", "untaken")
 
 BACKLOG = 1024  # connections; the kernel's own limit (Linux: net.core.somaxconn, 4096) may cut it
 MAX_PATH = 103 if sys.platform == "darwin" or "bsd" in sys.platform else 107  # bytes of sun_path, less its NUL
@@ -90,7 +90,32 @@ def listen(
     except OSError as e: raise AddressError(f"cannot listen at {a}: {e.strerror or e}", e.errno) from e
 
 
-def _listen_tcp(a: Address, backlog: int, reuse_port: bool) -> socket.socket:
+def look_at(
+    address: AddressLike,  # in any form that `parse_address` takes
+) -> None:
+    """Raise the `AddressError` that `listen` would, as far as that shows without a trace.
+
+    That a live server is there is no reason: it may be the one that is to be started anew. What is inherited is not
+    looked at.
+    """
+    a = parse_address(address)
+    try:
+        if a.kind == "tcp": _listen_tcp(a, None, False).close()
+        elif a.kind == "unix":
+            folder, name = _split(a.path)
+            with _folder(folder or ".") as parent:
+                if not _socket_at(a.path, name, parent) and not os.access(folder or ".", os.W_OK | os.X_OK):
+                    raise AddressError(_not_in(a.path), errno.EACCES)
+    except AddressError as e:
+        if e.errno != errno.EADDRINUSE: raise
+    except OSError as e: raise AddressError(f"cannot listen at {a}: {e.strerror or e}", e.errno) from e
+
+
+def _listen_tcp(
+    a: Address,
+    backlog: int | None,  # None: only bind
+    reuse_port: bool,
+) -> socket.socket:
     try: found = socket.getaddrinfo(a.host, a.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
         raise AddressError(f"no such host: {a.host}; give a name or an IP address of this machine") from e
@@ -101,7 +126,7 @@ def _listen_tcp(a: Address, backlog: int, reuse_port: bool) -> socket.socket:
         if reuse_port: sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         no_delay(sock)
         sock.bind(addr)
-        sock.listen(backlog)
+        if backlog is not None: sock.listen(backlog)
     except OSError as e:
         sock.close()
         why = {errno.EADDRINUSE: f"address in use by a live server: {a}; stop it or choose another port",
@@ -167,11 +192,8 @@ def above_streams(sock: socket.socket) -> socket.socket:
 def _listen_unix(
     path: str, backlog: int, mode: int | None, user: str | int | None, group: str | int | None
 ) -> UnixListener:
-    if (n := len(os.fsencode(path))) > MAX_PATH:
-        raise AddressError(f"socket path too long: {n} bytes, at most {MAX_PATH}; choose a shorter one than {path}")
+    folder, name = _split(path)
     uid, gid = -1 if user is None else user_id(user), -1 if group is None else group_id(group)
-    folder, name = os.path.split(path)
-    if name in ("", ".", ".."): raise AddressError(f"not a socket at that path: {path} is a directory; choose another")
     bits = mode if mode is not None else 0o600 if gid == -1 else 0o660
     with _folder(folder or ".") as parent, _locked(folder, f".{name}.lock", parent):
         _make_way(path, name, parent)
@@ -185,6 +207,15 @@ def _listen_unix(
         log.info("socket is for this user alone: path=%s mode=0600; to let the web server in, give its group, as in "
                  "group='www-data'", path)
     return sock
+
+
+def _split(path: str) -> tuple[str, str]:
+    "Directory and name of a socket."
+    if (n := len(os.fsencode(path))) > MAX_PATH:
+        raise AddressError(f"socket path too long: {n} bytes, at most {MAX_PATH}; choose a shorter one than {path}")
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."): raise AddressError(f"not a socket at that path: {path} is a directory; choose another")
+    return folder, name
 
 
 @contextmanager
@@ -217,9 +248,7 @@ def _locked(folder: str, name: str, parent: int) -> Iterator[None]:
 def _lock(path: str, name: str, parent: int) -> int | None:
     "One try to make and lock the file; None if somebody else has it."
     try: fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=parent)
-    except PermissionError as e:
-        raise AddressError(f"not allowed to make a socket in {_in(path)}: choose another one or start as its "
-                           "owner", e.errno) from e
+    except PermissionError as e: raise AddressError(_not_in(path), e.errno) from e
     except OSError as e:
         if e.errno in (errno.EISDIR, errno.ELOOP): raise AddressError(f"{path} is in the way: remove it") from e
         raise AddressError(f"cannot make a socket in {_in(path)}: {e.strerror}", e.errno) from e
@@ -231,6 +260,10 @@ def _lock(path: str, name: str, parent: int) -> int | None:
     except BaseException: os.close(fd); raise
     os.close(fd)
     return None
+
+
+def _not_in(path: str) -> str:
+    return f"not allowed to make a socket in {_in(path)}: choose another one or start as its owner"
 
 
 def _in(path: str) -> str: return os.path.dirname(path) or "the current directory"
@@ -262,14 +295,20 @@ def _same(st: os.stat_result, name: str, parent: int) -> bool:
 
 def _make_way(path: str, name: str, parent: int) -> None:
     "Remove a dead socket; raise `AddressError` for whatever else is at the path."
+    if not (st := _socket_at(path, name, parent)): return
+    if _alive(path): raise _in_use(path)
+    if _same(st, name, parent): os.unlink(name, dir_fd=parent)
+
+
+def _socket_at(path: str, name: str, parent: int) -> os.stat_result | None:
+    "The socket that is there. Raises `AddressError` for anything else."
     try: st = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError: return
+    except FileNotFoundError: return None
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link"}
     if not stat.S_ISSOCK(st.st_mode):
         what = kinds.get(stat.S_IFMT(st.st_mode), "a special file")
         raise AddressError(f"not a socket at that path: {path} is {what}; remove it or choose another", errno.EEXIST)
-    if _alive(path): raise _in_use(path)
-    if _same(st, name, parent): os.unlink(name, dir_fd=parent)
+    return st
 
 
 def _alive(path: str) -> bool:

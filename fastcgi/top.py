@@ -39,7 +39,7 @@ def run(
     interval: float = 1.0,  # seconds between looks
     once: bool = False,  # print it once, as is done where standard output is no terminal
     full: bool = True,  # with a row for each worker
-    path: str = "/status",  # what the pool's `status_path` says; with `status_listen` any will do
+    path: str = "/status",  # what the pool's setting status says; with `status_listen` any will do
 ) -> int:
     "Show the status until Ctrl-C or q. Raises `StatusError` or `OSError` where there is none at first."
     now = ask(address, path)
@@ -90,13 +90,13 @@ def ask(address: str, path: str = "/status", timeout: float = TIMEOUT) -> dict[s
         "has a process of its own") from None
     except OSError as e: raise StatusError(_no_connection(address, e)) from None
     if status == 404 or status < 400 and "json" not in kind: raise StatusError(
-        f"{address} has no status at {path}: set status_path = \"{path}\" (fastcgi serve --status {path}) where it is "
-        "served, or give its --path")
+        f"{address} has no status at {path}: set status = \"{path}\" where it is served (fastcgi serve --status "
+        f"{path}; of a server in Python status_path), or give its --path")
     if status >= 400: raise StatusError(f"{address} answered {status} to {path}: its log may say why")
     try: page = json.loads(body)
     except ValueError: page = None
     if not isinstance(page, dict) or "total processes" not in page:
-        raise StatusError(f"{address} has something else at {path}: give the --path that its status_path says")
+        raise StatusError(f"{address} has something else at {path}: give the --path that its setting status says")
     return page
 
 

@@ -29,6 +29,9 @@ class Bound:
     async def app(self, scope, receive, send): ...
 
 
+class Plain: ...
+
+
 class Asgi:
     async def __call__(self, scope, receive, send): ...
 
@@ -79,6 +82,9 @@ def test_kinds(obj, kind): assert kind_of(obj) == kind
     (endpoint, "endpoint of type function is no ASGI application: that takes (scope, receive, send), not (request)"),
     (none, "none of type function is no ASGI application"), (3, "an object of type int is no application"),
     ("x", "an object of type str is no application: it cannot be called"), (dict, "cannot tell what dict of type type"),
+    (Plain, "Plain is a class, but of no handler of ours: let it inherit from FcgiHandler, or if it makes an "
+            "application, say Plain()"), (Bound, "Bound is a class, but of no handler"),
+    (Asgi, "Asgi is a class, but of no handler"),
     (apps, "fastcgi.apps is a module: say which application in it, as in fastcgi.apps:app"),
     (MinimalHTTPHandler, "MinimalHTTPHandler is a handler, but not of FastCGI: let it inherit from FcgiHandler")],
     ids=named)
@@ -162,6 +168,17 @@ def test_where_and_trace_are_the_applications(here, tmp_path):
         assert f'File "{tmp_path}/syntax.py", line 2\n' in e.value.where and "apps.py" not in e.value.trace
     with pytest.raises(AppError) as e: load("none:app")
     assert e.value.where == e.value.trace == ""
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("import os\nos.environ['none such']\n", 2), ("import json\ndef f(): json.loads('{')\n\nf()", 2),
+    ("from fastcgi import *\n@fastcgi(worker=3)\ndef page(): pass", 2),
+    ("import sys; sys.path.insert(0, 'site-packages'); import installed", 1)])
+def test_the_last_line_is_that_of_a_file_of_the_users(here, tmp_path, text, line):
+    here("settings.py", text)
+    here("site-packages/installed.py", "1 / 0")
+    with pytest.raises(AppError) as e: load("settings.py:app")
+    assert f'File "{tmp_path}/settings.py", line {line}, in ' in e.value.where and e.value.where.count("File") == 1
 
 
 # Finding
@@ -254,6 +271,25 @@ def test_what_cannot_be_found(here, target, kind, says):
     here("syntax.py", "def x(:")
     with pytest.raises(AppError) as e: find(target, kind)
     assert str(e.value).startswith(says) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["create_app", "make_app", "get_wsgi_application", "createApp", "app_factory"])
+@pytest.mark.parametrize("args", ["", "config=None", "*args, **kw"])
+def test_a_factory_is_not_taken_for_a_cgi_function(here, name, args):
+    here("fac.py", f"def {name}({args}): return lambda environ, start_response: []")
+    for where in "fac", "fac.py":
+        with pytest.raises(AppError) as e: find(f"{where}:{name}")
+        assert str(e.value) == (f"{where}:{name} makes an application, by its name: say {where}:{name}(), or --kind "
+                                "cgi if it prints a page")
+        assert find(f"{where}:{name}()").kind == "wsgi"
+    assert args or find(f"fac:{name}", "cgi").kind == "cgi function"
+
+
+def test_names_of_factories():
+    def make_app(environ, start_response): ...
+    def apply(): ...
+    def get_apple(): ...
+    assert find(make_app).kind == "wsgi" and find(apply).kind == find(get_apple).kind == "cgi function"
 
 
 def test_settings_of_a_handler():
@@ -354,6 +390,7 @@ def test_a_given_address_counts(short_dir):
     with h.Program("page.py", cwd=short_dir) as program:
         wait_until(lambda: "serving Page" in program.said() or program.poll() is not None, "start")
         assert (short_dir / "here.sock").exists() and program.stop() == 0
+        assert program.said().count(" INFO ended Page (handler)\n") == 1
 
 
 def test_asyncio_is_not_needed_to_serve_without_it():

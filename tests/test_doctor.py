@@ -1,16 +1,20 @@
 """`fastcgi doctor`: every reason for a 502 that it knows, made for real, gets its line and what to do."""
+import grp
 import os
+import pwd
 import re
+import shutil
 import socket
+import subprocess
 import threading
 from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from frontends.servers import application
-from helpers import DEADLINE
+from helpers import DEADLINE, serve
 
-from fastcgi import doctor
+from fastcgi import PreForkTCPServer, doctor
 from fastcgi.cgi import CGIHandler
 from fastcgi.doctor import examine, web_server_users
 from fastcgi.handler import FcgiHandler
@@ -106,9 +110,49 @@ def test_the_web_server_may_not_connect(short_dir):
                          "nogroup", bad(short_dir / "s", "nobody"))
         os.chmod(short_dir / "s", 0o666)
         os.chmod(short_dir, 0o700)
-        assert f"user nobody may not search {short_dir}: chmod o+x" in bad(short_dir / "s", "nobody")
+        assert bad(short_dir / "s", "nobody") == (
+            f"user nobody may not search {short_dir}: give the socket a directory of its own: install -d -o "
+            f"{pwd.getpwuid(os.geteuid()).pw_name} -g nogroup -m 750 /run/s")
         os.chmod(short_dir, 0o755)
         assert all(o.good for o in examine(f"{short_dir}/s", ["nobody"]))
+
+
+@pytest.mark.parametrize("path, folder, how", [
+    ("/root/app.sock", "/root", "give the socket a directory of its own: install -d -o me -g www -m 750 /run/app"),
+    ("/run/shop/app.sock", "/run/shop", "let its group in: install -d -o me -g www -m 750 /run/shop"),
+    ("/run/user/7/app.sock", "/run/user/7", "give the socket a directory of its own: install -d -o me -g www -m 750 "
+                                            "/run/app")])
+def test_which_directory_is_for_a_socket(path, folder, how):
+    assert doctor._directory(path, folder, "me", "www") == how
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+def test_the_groups_that_a_web_server_runs_with_count(short_dir):
+    short_dir.chmod(0o755)
+    program = short_dir / "haproxy"
+    shutil.copy(shutil.which("cat"), program)
+    def run(*groups): return subprocess.Popen([program], user="daemon", group=groups[0], extra_groups=groups[1:],
+                                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    with application(Fine, str(short_dir / "s")):
+        os.chown(short_dir / "s", 0, grp.getgrnam("www-data").gr_gid)
+        os.chmod(short_dir / "s", 0o660)
+        assert "daemon may not connect" in bad(short_dir / "s", "daemon")
+        for groups in ("www-data",), ("nogroup", "www-data"):
+            with run(*groups):
+                assert "daemon" in web_server_users()
+                assert all(o.good for o in examine(f"{short_dir}/s", ["daemon"]))
+        with run("nogroup"):
+            assert bad(short_dir / "s", "daemon").endswith("start the application with --group nogroup")
+
+
+def test_a_port_may_be_for_certain_addresses(free_port, capsys):
+    from fastcgi.cli import main
+    with serve(type("Server", (PreForkTCPServer,), {"workers": 0, "web_server_addrs": "192.0.2.1"})(
+            ("127.0.0.1", free_port), Fine)):
+        assert bad(f":{free_port}").endswith(
+            "another program, or does it let in other addresses only (web_server_addrs)?")
+        assert main(["call", f":{free_port}"]) == 2
+        assert capsys.readouterr().err.endswith("may say why, and whether web_server_addrs lets this address in\n")
 
 
 def test_of_several_accounts_one_can_be_chosen(short_dir, monkeypatch):
@@ -202,7 +246,6 @@ def test_it_is_no_responder(short_dir):
 
 
 def test_the_web_servers_of_this_machine_are_accounts_that_exist():
-    import pwd
     assert all(pwd.getpwnam(o) for o in web_server_users())
 
 

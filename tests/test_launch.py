@@ -207,6 +207,48 @@ def test_check(here):
     assert not (here / "fcgi.sock").exists()
 
 
+@pytest.mark.parametrize(("args", "line"), [
+    (("--bind", "folder"), "not a socket at that path: folder is a directory; remove it or choose another"),
+    (("--bind", "app.py"), "not a socket at that path: app.py is a file; remove it or choose another"),
+    (("--bind", "app.py/s"), "not a directory: app.py; choose another"),
+    (("--bind", "x" * 200), f"socket path too long: 200 bytes, at most 107; choose a shorter one than {'x' * 200}"),
+    (("--bind", "192.0.2.1:9000"), "not an address of this machine: 192.0.2.1"),
+    (("--threads", "2", "--kind", "cgi"), "app:Page (CGI function) takes no threads: a request has the process for "
+                                          "itself; give it more workers"),
+    (("--status-listen", "app.py"), "not a socket at that path: app.py is a file; remove it or choose another"),
+    (("--log", "no/log"), "cannot write the log no/log: No such file or directory"),
+    (("--access-log", "app.py/log"), "cannot write the log app.py/log: Not a directory"),
+    (("--pid", "folder"), "cannot write folder: Is a directory; choose another --pid")])
+def test_check_looks_at_addresses_and_files(here, args, line):
+    (here / "app.py").write_text(APP)
+    (here / "folder").mkdir()
+    assert refused("serve", "app:Page", "--check", *args, status=1) == f"fastcgi serve: {line}"
+    assert {*os.listdir(here)} - {"__pycache__"} == {"app.py", "folder"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+def test_check_looks_at_what_this_account_may(here):
+    here.chmod(0o755)
+    for address, line in ((f"{here}/s", f"not allowed to make a socket in {here}: choose another one or start as its "
+                                        "owner"),
+                          (":80", "not allowed to listen at 127.0.0.1:80: choose a port over 1023")):
+        code = ("import encodings.idna, os; from fastcgi.sockets import look_at; os.setuid(65534)\n"
+                f"try: look_at({address!r})\nexcept OSError as e: print(e)")
+        with h.Program("-c", code, env=environ()) as program:
+            assert program.ended() == 0 and program.said() in (f"{line}\n", "" if address == ":80" else line)
+
+
+def test_check_disturbs_no_live_server(here, free_port):
+    (here / "app.py").write_text(APP)
+    args = "app:Page", "--workers", "1", "--log", "log", "--access-log", "access", "--pid", "pid"
+    for bind in f":{free_port}", "fcgi.sock":
+        with h.Program("-m", "fastcgi", "serve", *args, "--bind", bind, cwd=here, env=environ()) as program:
+            program.path = here / "fcgi.sock" if bind == "fcgi.sock" else ("127.0.0.1", free_port)
+            wait_until(lambda: (here / "pid").exists(), "start")
+            assert b"can be served" in run("serve", *args, "--bind", bind, "--check")[0]
+            assert ask(program).startswith("Page") and program.stop() == 0
+
+
 # Where it is started
 
 @pytest.mark.parametrize("how", ["descriptor 0", "systemd"])
@@ -285,6 +327,35 @@ def test_pid_file(here):
         with serving(here, *args) as program: assert (here / "pid").read_text() == f"{program.pid}\n"
 
 
+@pytest.mark.parametrize("name", ["log", "access_log", "pid"])
+def test_a_reload_is_refused_where_a_file_cannot_be_written(here, name):
+    write(here / "app.py", APP)
+    write(here / "a.toml", "workers = 1")
+    with serving(here, "app:Page", "--config", "a.toml") as program:
+        write(here / "a.toml", f'workers = 1\n{name} = "none/file"')
+        program.send_signal(signal.SIGHUP)
+        wait_until(lambda: "the old code goes on" in program.said(), "that it is refused")
+        assert re.search("old code goes on: fastcgi serve: cannot write (the log )?none/file: No such file or",
+                         program.said())
+        (here / "none").mkdir()
+        program.send_signal(signal.SIGHUP)
+        wait_until(lambda: (here / "none" / "file").exists(), "the file")
+        assert ask(program).startswith("Page") and program.stop() == 0
+
+
+@pytest.mark.parametrize("name", ["log", "access-log", "pid"])
+def test_who_goes_on_for_a_program_does_so_without_a_file_that_cannot_be_written(here, name):
+    write(here / "app.py", APP)
+    code = ("import sys, fastcgi.launch as o; from fastcgi.cli import main\n"
+            f"o.has_predecessor = lambda: True; main(['serve', 'app:Page', '--workers', '1', '--{name}', '/none/x'])")
+    with h.Program("-c", code, cwd=here, env=environ()) as program:
+        program.path = here / "fcgi.sock"
+        wait_until(lambda: "INFO serving " in program.said() or program.poll() is not None, "start")
+        assert re.search("ERROR cannot write (the log )?/none/x: No such file or directory; (it goes to|choose)",
+                         program.said())
+        assert ask(program).startswith("Page") and program.stop() == 0
+
+
 # Pages of its own
 
 def test_status_and_ping(here):
@@ -347,6 +418,7 @@ def test_it_ends(here, signum, workers, name):
     with serving(here, f"app:{name}", "--workers", str(workers)) as program:
         assert ask(program).startswith(name)
         assert program.stop(signum) == 0 and not program.path.exists() and "Traceback" not in program.said()
+        assert program.said().count(" ended ") == 1 and re.search(rf" INFO ended app:{name} \(.*\)\n\Z", program.said())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")

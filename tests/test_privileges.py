@@ -140,6 +140,37 @@ def test_reload_after_the_rights_have_gone(open_dir, monkeypatch):
 
 
 @root
+def test_logs_that_root_makes_are_the_users_so_that_a_reload_and_usr1_open_them(open_dir, monkeypatch):
+    python = next(filter(runs, (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3")), None)
+    if not python: pytest.skip("there is no Python that nobody may run")
+    monkeypatch.setattr(sys, "executable", python)
+    (open_dir / "app.py").write_text("from fastcgi import *\nclass Page(FcgiHandler):\n"
+                                     "    def handle(self): self.send('Content-Type: text/plain\\r\\n\\r\\n[]')")
+    logs, older = open_dir / "logs", open_dir / "older"
+    logs.mkdir()
+    os.chown(logs, NOBODY.pw_uid, -1)
+    older.write_text("")
+    args = "--user", "nobody", "--workers", "1", "--log", logs / "log", "--access-log", older, "--pid", logs / "pid"
+    def said(): return (logs / "log").read_text() if (logs / "log").exists() else ""
+    with Program("-m", "fastcgi", "serve", "app.py:Page", *args, cwd=open_dir) as app:
+        wait_until(lambda: "INFO serving " in said() or app.poll() is not None, "start")
+        st = os.stat(logs / "log")
+        assert (st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)) == (NOBODY.pw_uid, os.getegid(), 0o640), app.said()
+        assert os.stat(older).st_uid == 0  # it was there, so it may be anybody's
+        app.send_signal(signal.SIGHUP)
+        wait_until(lambda: f"the old code goes on: fastcgi serve: cannot write the log {older}: Permission denied" in
+                   said(), "refusal")
+        os.chown(older, NOBODY.pw_uid, -1)
+        app.send_signal(signal.SIGHUP)
+        wait_until(lambda: said().count("INFO serving ") == 2, "new code")
+        (logs / "log").rename(logs / "moved")
+        app.send_signal(signal.SIGUSR1)
+        wait_until((logs / "log").exists, "a new log")
+        assert ask(open_dir / "fcgi.sock") == [] and (logs / "pid").read_text() == f"{app.pid}\n"
+        assert app.stop() == 0 and app.said() == ""
+
+
+@root
 def test_reload_where_the_user_may_not_run_python(open_dir):
     if runs(sys.executable): pytest.skip("nobody may")
     with start(str(open_dir / "s"), user="nobody") as app:
@@ -168,10 +199,12 @@ def test_numbers_of_nobody_known(open_dir):
 
 
 @root
-def test_there_is_no_way_back():
-    code = '''
+@pytest.mark.parametrize("lacks", ["", "setresuid setresgid getresuid getresgid"], ids=["Linux", "macOS"])
+def test_there_is_no_way_back(lacks):
+    code = f"lacks = {lacks.split()!r}" + '''
 import os
 from fastcgi import privileges
+for o in lacks: delattr(os, o)
 privileges.drop("nobody")
 for do in (lambda: os.setuid(0), lambda: os.seteuid(0), lambda: os.setgid(0), lambda: os.setgroups([0])):
     try: do()

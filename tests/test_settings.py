@@ -70,7 +70,7 @@ def test_text_that_is_none(name, text, says):
 
 def test_variables():
     environ = {"FASTCGI_WORKERS": "3", "FASTCGI_MAX_REQUESTS": "9", "PATH": "/bin", "FASTCGI": "",
-               "FASTCGI_CONFIG": "c", "FASTCGI_RELOAD": "true", "FASTCGI_TARGET": "a:b"}
+               "FASTCGI_COMPILE": "1", "FASTCGI_CONFIG": "c", "FASTCGI_RELOAD": "true", "FASTCGI_TARGET": "a:b"}
     assert from_environ(environ) == {
         "workers": Given(3, "FASTCGI_WORKERS"), "max_requests": Given(9, "FASTCGI_MAX_REQUESTS"),
         "config": Given("c", "FASTCGI_CONFIG"), "reload": Given(True, "FASTCGI_RELOAD"),

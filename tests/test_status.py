@@ -526,7 +526,7 @@ def test_the_command_shows_a_real_pool(short_dir, capsys, monkeypatch):
         out = capsys.readouterr().out
         assert "of 2 workers busy" in out and "GET /status" in out and len(out.splitlines()) == 6
         assert main(["status", "app.sock", "--path", "/elsewhere"]) != 0
-        assert "app.sock has no status at /elsewhere: set status_path" in capsys.readouterr().err
+        assert "app.sock has no status at /elsewhere: set status = " in capsys.readouterr().err
 
 
 def test_counters_survive_a_reload(short_dir):

@@ -58,7 +58,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "apps": "addresses cgi cgibin decorator errors handler prefork privileges programs request scripts settings",
     "terminal": "",
     "watch": "",
-    "launch": "access addresses apps decorator privileges reexec settings watch",
+    "launch": "access addresses apps decorator privileges reexec settings sockets watch",
     "flow": "",
     "aiosession": "addresses connection errors flow request sockets",
     "aio": "addresses aiosession connection core errors framing request sockets",

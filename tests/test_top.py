@@ -137,7 +137,7 @@ def test_an_output_that_is_ascii_gets_ascii(pool, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("head, answer, says", [
-    ("Status: 404 Not Found\nContent-Type: text/html\n", "", 'has no status at /status: set status_path = "/status"'),
+    ("Status: 404 Not Found\nContent-Type: text/html\n", "", 'has no status at /status: set status = "/status"'),
     ("Content-Type: text/html\n", "<html>", "has no status at /status"),
     ("Status: 500 Oh\nContent-Type: text/html\n", "", "answered 500 to /status: its log may say why"),
     ("Content-Type: application/json\n", '{"a": 1}', "has something else at /status: give the --path"),

@@ -128,6 +128,16 @@ def test_a_public_site_has_its_name_and_says_how_the_application_starts(name):
     assert name == "systemd" or f"fastcgi serve shop.py --bind /run/shop.sock --group {group}\n" in text
 
 
+@pytest.mark.parametrize("name", [o for o in SERVERS if o != "systemd"])
+def test_a_directory_that_a_boot_empties_is_told_of(name):
+    head = render(name, Site("shop.py", parse_address("/run/shop/shop.sock"), "shop.example.org")).splitlines()[:4]
+    user = {"caddy": "caddy", "haproxy": "haproxy"}.get(name, "www-data")
+    assert ("# Before that, and anew after each boot, which empties /run: "
+            f'sudo install -d -o "$USER" -g {user} -m 750 /run/shop') in head
+    for other in "/srv/shop.sock", "/run/shop.sock", ":9000":
+        assert "install" not in render(name, Site("shop.py", parse_address(other), "shop.example.org"))
+
+
 def test_h2o_does_not_say_where_an_application_lives_so_its_command_does():
     text = render("h2o", Site("shop.py", parse_address("/run/shop.sock"), "shop.example.org", "/shop"))
     assert "--group www-data --script-name /shop\n" in text
