@@ -121,15 +121,17 @@ def test_body_that_the_script_does_not_read(script):
     assert answer_of(script(HEAD + "print('no')"), bytes(2 << 20)).body == b"no\n"
 
 
-def test_large_body_is_read_as_it_comes(script):
-    code = "import sys\n" + HEAD + "print('got', sys.stdin.readline(), flush=True)\nprint(sys.stdin.read())"
-    with handling(script(code)) as sock:
-        sock.sendall(begin() + params(dict(REQUEST_METHOD="POST", CONTENT_LENGTH="")) + stream(5, b"first\n")[:-8])
-        reader = Reader()
-        while not any(b"got first" in o.stdout for o in reader.open.values()): reader.feed(sock.recv(1 << 16))
-        sock.sendall(stream(5, b"second"))
-        while not reader.answers: reader.feed(sock.recv(1 << 16))
-        assert reader.answers[0].body == b"got first\n\nsecond\n"
+@pytest.mark.parametrize("said", [None, "", "3"])
+@pytest.mark.parametrize("n", [5, 70_000, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_children_have_the_whole_body(n, said, script):
+    code = "import subprocess\n" + HEAD + "print(subprocess.check_output(['wc', '-c']).decode())"
+    environ = {} if said is None else {"CONTENT_LENGTH": said}
+    assert answer_of(script(code), bytes(n), **environ).body.split() == [b"%d" % n]
+
+
+def test_client_that_leaves_in_the_middle_of_its_upload(script, tmp_path, caplog):
+    with handling(script("open('ran', 'w')")) as sock: sock.sendall(request(bytes(2 << 16))[:1 << 16])
+    assert not (tmp_path / "ran").exists() and not caplog.messages
 
 
 ORDER = """
@@ -283,6 +285,17 @@ def test_isolated(short_dir):
             assert (session, term, ours, n, res.app_status) == ("True", "0", "False", "4", 4)
             assert rest == "child\n" + "the body\n" * 9000 + "a thread\nat last\n"
         assert seen[0] != seen[1]
+
+
+def test_isolated_body_comes_as_it_is_sent(short_dir):
+    code = "import sys\n" + HEAD + "print('got', sys.stdin.readline(), flush=True)\nprint(sys.stdin.read())"
+    with serving(code, short_dir, isolate=True), connect(short_dir / "sock") as sock:
+        sock.sendall(begin() + params(dict(REQUEST_METHOD="POST", CONTENT_LENGTH="")) + stream(5, b"first\n")[:-8])
+        reader = Reader()
+        while not any(b"got first" in o.stdout for o in reader.open.values()): reader.feed(sock.recv(1 << 16))
+        sock.sendall(stream(5, b"second"))
+        while not reader.answers: reader.feed(sock.recv(1 << 16))
+        assert reader.answers[0].body == b"got first\n\nsecond\n"
 
 
 @pytest.mark.parametrize("code,status", [("import os; os._exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)])
