@@ -7,6 +7,7 @@ the affair of `programs`, `scripts` and `cgibin`, which take from here what CGI 
 """
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -19,12 +20,14 @@ from urllib.parse import unquote
 
 from .connection import status_page
 from .core import MAX_CONTENT, Bytes
+from .errors import ConnectionLost
 from .grammar import HEAD_END, RAW_TOKEN
 from .handler import FcgiHandler
 from .request import Lazy
 from .streams import OutputStream
 
-__all__ = ("CGIHandler", "is_cgi", "run_as_cgi", "Answer", "variables", "arguments", "environment", "directory")
+__all__ = ("CGIHandler", "ClientLeft", "check_client", "is_cgi", "run_as_cgi", "Answer", "variables", "arguments",
+           "environment", "directory")
 
 log = logging.getLogger("fastcgi.handler")
 
@@ -37,11 +40,20 @@ _FIELDS = re.compile(rb"(?:" + _FIELD.pattern + rb"\r?\n)*")
 _BLOCK = re.compile(_FIELDS.pattern + rb"\r?\n")  # a whole header block; an empty one is known to all web servers
 
 
+class ClientLeft(ConnectionLost, BrokenPipeError):
+    "A CGI program writes what nobody will read: one without an end would go on for ever. It need not catch this."
+
+
+def check_client(handler: FcgiHandler) -> None:
+    "Raise `ClientLeft` once the web server has given the request up, or has gone."
+    if handler.aborted(): raise ClientLeft(errno.EPIPE, "the client has left")
+
+
 class CGIHandler(FcgiHandler):
     """Calls `program` for each request, with the process made to look like that of a CGI program.
 
     What it prints leaves as it is. Without a header block it gives 500, as under any web server, and the log and
-    FCGI_STDERR say what is missing.
+    FCGI_STDERR say what is missing. Who prints on when the client has left gets a `BrokenPipeError`.
     """
     one_at_a_time = True  # `os.environ` and `sys.stdout` are the whole process's
     program: Callable[[], Any]  # without arguments; a plain function in a class body needs `staticmethod`
@@ -76,17 +88,25 @@ class _Stdout(OutputStream):
         self._scanned = 0  # bytes known to hold no blank line
 
     def write(self, data: Any, /) -> int:
+        exchange, left = self._exchange, self._exchange._left
+        n = self._take(data)
+        if not self.held and (exchange.aborted or exchange._left != left): check_client(self._handler)
+        return n
+
+    def _take(self, data: Any) -> int:
         if self.known: return memoryview(data).nbytes if self.refused else super().write(data)
         view = memoryview(data).cast("B")
         room = MAX_CONTENT - len(self._exchange._stdout)
         if len(view) <= room: return super().write(data)
         self._exchange.write(view[:room])
         self.look(whole=True)
-        return room + self.write(view[room:])
+        return room + self._take(view[room:])
 
     def flush(self) -> None:
-        if not self.known and not self.held: self.look()
+        if self.held: return
+        if not self.known: self.look()
         super().flush()
+        check_client(self._handler)
 
     def look(
         self,

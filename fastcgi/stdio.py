@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-from .cgi import Answer
+from .cgi import Answer, check_client
 from .channel import RECV
 from .handler import FcgiHandler
 
@@ -30,8 +30,13 @@ SPOOL = 1 << 20  # bytes of a body from which on its file is on disk
 def standard_streams(handler: FcgiHandler, answer: Answer) -> Iterator[None]:
     "The streams of this request, for the process. In a child that the block forked, nothing is put back."
     pid = os.getpid()
+
+    def write(data: bytes) -> int:
+        if stdout.push: check_client(handler)
+        return answer.write(data)
+
     with _descriptors(handler) as out:
-        stdout = _Output(1, lambda data: answer.write(data), out, handler.flush)
+        stdout = _Output(1, write, out, handler.flush)
         stderr = _Output(2, handler.stderr.write)
         mine = (io.TextIOWrapper(open(0, "rb", closefd=False), "utf-8", "surrogateescape", "\n"),
                 io.TextIOWrapper(_Buffer(stdout), "utf-8", "surrogateescape", "\n"),
@@ -103,8 +108,8 @@ class _Output(io.RawIOBase):
         "Pass on what stands in the file and was not passed on yet."
         if self.file < 0: return
         while data := os.pread(self.file, RECV, self.at):
-            self.at += len(data)
             self._write(data)
+            self.at += len(data)
 
 
 class _Buffer(io.BufferedWriter):

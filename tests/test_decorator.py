@@ -1,5 +1,6 @@
 """`@fastcgi`: a CGI function finds what a CGI program finds, and the same file runs in all four ways."""
-import io  # noqa: I001 - in rows
+import errno  # noqa: I001 - in rows
+import io
 import os
 import select
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from frontends.servers import wait_until
-from helpers import (AUTHORIZER, DEADLINE, FILTER, OVERLOADED, RESPONDER, STDIN, STDOUT, Program, Reader, answers, ask,
-                     begin, children, connect, converse, exchange, handling, params, rec, request, serve, split, stream)
+from helpers import (ABORT_REQUEST, AUTHORIZER, DEADLINE, FILTER, OVERLOADED, RESPONDER, STDIN, STDOUT, Program, Reader,
+                     answers, ask, begin, children, connect, converse, exchange, handling, params, rec, request, serve,
+                     split, stream, talk)
 
 from fastcgi import fastcgi
 from fastcgi.cgi import CGIHandler
@@ -364,7 +366,8 @@ def test_an_exception_counts_before_a_head_that_is_none(caplog):
 
 def test_the_next_request_of_a_kept_connection_is_another():
     handler = cgi(lambda: print(HEAD * bool(sys.stdin.read()), "ok", sep="", end="", flush=True))
-    res = ask(handler, *(request(b"x" * (i % 2), i, keep=True) for i in (1, 2, 3)), eof=True)
+    data = b"".join(request(b"x" * (i % 2), i, keep=True) for i in (1, 2, 3))
+    with handling(handler) as sock: res = talk(sock, data, 3)
     assert [bytes(x.stdout) for x in res] == [HEAD.encode() + b"ok", ERROR, HEAD.encode() + b"ok"]
 
 
@@ -381,12 +384,30 @@ def test_it_is_told_where_it_is_to_be_told():
 def test_nobody_who_has_left_is_told(caplog):
     def program():
         with pytest.raises(ConnectionResetError): sys.stdin.read()
-        print("hello", flush=True)
-        print("x" * 200_000)
+        for text in ("hello", "x" * 200_000):
+            with pytest.raises(BrokenPipeError): print(text, flush=True)
         done.set()
     done = threading.Event()
     with handling(cgi(program)) as sock: sock.sendall(request()[:-8])
     assert done.wait(DEADLINE) and not caplog.messages
+
+
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.parametrize("leave", ["close", "abort"])
+def test_who_prints_on_when_the_client_has_left_is_ended(leave, flush, caplog):
+    def program():
+        print(HEAD)
+        try:
+            while True: print("x" * 99, flush=flush)
+        except BrokenPipeError as e:
+            seen.append(e.errno)
+            raise
+    seen = []
+    with handling(cgi(program)) as sock:
+        sock.sendall(request(keep=True))
+        assert sock.recv(1, socket.MSG_PEEK)
+        if leave == "abort": talk(sock, rec(ABORT_REQUEST))
+    assert seen == [errno.EPIPE] and not caplog.messages
 
 
 def test_what_no_web_server_asks_for_stays_as_it_is(caplog):

@@ -180,6 +180,24 @@ def test_standard_error(script):
 
 # Ends
 
+@pytest.mark.parametrize("line", ["print('tick', flush=True)", "print('tick')",
+                                  "subprocess.run(['echo', 'tick']); sys.stdout.flush()"])
+def test_script_whose_client_has_left_is_ended(line, script, tmp_path, caplog):
+    code = "import subprocess, sys\n" + HEAD + f"""
+sys.excepthook = lambda *o: open('told', 'w')
+sys.stdout.flush()
+try:
+    while True: {line}
+except BrokenPipeError as e:
+    with open('seen', 'w') as f: f.write(f'{{e.errno == 32}}')
+    raise
+"""
+    with handling(script(code)) as sock:
+        sock.sendall(request())
+        assert sock.recv(1)
+    assert (tmp_path / "seen").read_text() == "True" and not (tmp_path / "told").exists() and not caplog.messages
+
+
 def test_exit(script):
     res = answer_of(script(HEAD + "import sys; print('x'); sys.exit(3)"))
     assert (res.body, res.app_status) == (b"x\n", 3)
