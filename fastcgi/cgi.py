@@ -275,8 +275,9 @@ class Answer:
 
     def fail(self, status: str, why: str) -> None:
         "Answer with a page of ours, if nothing has left; else break the answer off, so that it does not look whole."
-        log.error("%s, %s: %s %s", why, "cut" if self.begun else f"sent {status[:3]}", self.name, self.handler._about())
-        if self.begun: self.handler._channel.connection.send_failed()
+        cut = self.begun and not self.handler._exchange.discard_output()
+        log.error("%s, %s: %s %s", why, "cut" if cut else f"sent {status[:3]}", self.name, self.handler._about())
+        if cut: self.handler._channel.connection.send_failed()
         elif not self._refused: self._page(status)
 
     def _refuse(self, why: str) -> None: self.fail("500 Internal Server Error", f"bad answer of a program, {why}")

@@ -30,8 +30,9 @@ class ProgramHandler(FcgiHandler):
     """Runs the program at `path` for each request: `ProgramHandler.of("/usr/lib/cgi-bin/report.pl")`.
 
     Status 404 if there is no such file, 403 if it may not be executed, 500 if it cannot be started or answers nothing
-    that has a head, 504 if its time is up before that. What it says on standard error goes to FCGI_STDERR; its exit
-    status is the application status, 128 and the signal where that ended it.
+    that has a head, 504 if its time is up before that. Once some of its answer has left, that is broken off if its time
+    is up or a signal ends it. What it says on standard error goes to FCGI_STDERR; its exit status is the application
+    status, 128 and the signal where that ended it.
     """
     path = ""
     deadline: float | None = 300  # seconds that a program may run
@@ -80,12 +81,15 @@ class ProgramHandler(FcgiHandler):
     def relay(self, process: Any, path: str, *fds: Any) -> None:
         "Let the request and a process that answers it talk, until both are done."
         answer = Answer(self, os.path.basename(path))
-        status = Relay(self, process, answer, *fds).run(self.deadline)
-        answer.end()
-        if status:
+        talk = Relay(self, process, answer, *fds)
+        status = talk.run(self.deadline)
+        if status < 0 and answer.begun and not talk.killing and not self._exchange.aborted:  # it may not be whole
+            answer.fail("500 Internal Server Error", f"program ended with signal={-status}")
+        else:
+            answer.end()
             if status == 127 and ends_in_cr(path): log.error("%s: %s", path, CRLF)  # env does not find 'python3\r'
-            log.log(logging.WARNING if status < 0 else logging.INFO, "program ended with %s: %s %s", f"signal={-status}"
-                    if status < 0 else f"exit={status}", os.path.basename(path), self._about())
+            if status: log.log(logging.WARNING if status < 0 else logging.INFO, "program ended with %s: %s %s",
+                               f"signal={-status}" if status < 0 else f"exit={status}", answer.name, self._about())
         self.app_status = status if status >= 0 else 128 - status
 
     def refuse(self, status: str, why: str) -> None:

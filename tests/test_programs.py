@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from frontends.servers import wait_until
-from helpers import Program, Reader, ask, begin, connect, handling, params, request, split, stream
+from helpers import END_REQUEST, STDOUT, Program, Reader, ask, begin, connect, handling, params, request, split, stream
 
 from fastcgi import relay
 from fastcgi.cgi import Answer, arguments
@@ -39,6 +39,13 @@ def answer_of(handler, stdin=b"", **environ):
 def gone(pid) -> bool:
     try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError): return True
+
+
+def answered(data) -> bool:
+    "Whether an answer that has begun looks whole."
+    records, _ = split(data)
+    assert b"".join(o.content for o in records if o.typ == STDOUT).endswith(b"begun\n")
+    return END_REQUEST in {o.typ for o in records}
 
 
 def test_environment_is_that_of_the_request_alone(program, monkeypatch, tmp_path):
@@ -102,8 +109,9 @@ def test_standard_error_and_exit_status(program, caplog):
     with caplog.at_level(logging.INFO): res = answer_of(program(HEAD + "echo out; echo oops >&2; exit 3"))
     assert (res.body, bytes(res.stderr), res.app_status) == (b"out\n", b"oops\n", 3)
     assert "program ended with exit=3: program" in caplog.text
-    assert answer_of(program(HEAD + "kill -9 $$")).app_status == 128 + 9
-    assert "signal=9" in caplog.text
+    res = answer_of(program("kill -9 $$"))
+    assert (res.headers["status"], res.app_status) == ("500 Internal Server Error", 128 + 9)
+    assert "program ended with signal=9: program" in caplog.text
 
 
 # Answers
@@ -180,14 +188,34 @@ def test_deadline(trap, program, tmp_path, short_grace, caplog):
     for pid in (tmp_path / "pid").read_text().split(): wait_until(lambda pid=pid: gone(pid), "all of it has ended")
 
 
+def test_signal_in_the_middle_of_an_answer_does_not_let_it_look_whole(program, tmp_path, caplog):
+    os.mkfifo(tmp_path / "fifo")
+    data = b""
+    with handling(program(HEAD + "echo begun\nread x <fifo\nkill -SEGV $$")) as sock:
+        sock.sendall(request())
+        while b"begun" not in data: data += sock.recv(1 << 16)
+        (tmp_path / "fifo").write_text("go on\n")
+        while more := sock.recv(1 << 16): data += more
+    assert not answered(data) and "program ended with signal=11, cut" in caplog.text
+
+
+def test_signal_before_any_of_an_answer_has_left(program):
+    class Handler(ProgramHandler):
+        def relay(self, *args):
+            self._channel.flush = lambda *args: None
+            super().relay(*args)
+    handler = Handler.of(program(HEAD + "echo begun; kill -SEGV $$").path)
+    res = answer_of(handler)
+    assert (res.headers["status"], res.app_status) == ("500 Internal Server Error", 128 + 11)
+    assert b"begun" not in res.stdout
+
+
 def test_deadline_in_the_middle_of_an_answer_does_not_let_it_look_whole(program, tmp_path, short_grace, caplog):
     os.mkfifo(tmp_path / "fifo")
     with handling(program(HEAD + "echo begun\nread x <fifo", deadline=.3)) as sock:
         sock.sendall(request())
         data = b"".join(iter(lambda: sock.recv(1 << 16), b""))
-    records, _ = split(data)
-    assert b"".join(o.content for o in records).endswith(b"begun\n") and 3 not in {o.typ for o in records}
-    assert "program ended after 0.3 s, cut" in caplog.text
+    assert not answered(data) and "program ended after 0.3 s, cut" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["", ">&2"])
