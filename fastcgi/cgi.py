@@ -159,19 +159,23 @@ def _is_variable(name: str, value: str) -> bool:
 
 
 def arguments(
-    query: str,  # QUERY_STRING
+    params: Mapping[str, str],  # of the request
 ) -> list[str]:
     """The words of an indexed query, one without `=`, that are a program's arguments (RFC 3875 4.4).
 
-    What a shell would take for its own stands behind a backslash, as web servers have always done it.
+    What a shell would take for its own stands behind a backslash, as web servers have always done it. There are none
+    at all where one cannot be, or where they are more than a process might be started with.
     """
-    if not query or "=" in query: return []
-    words = (unquote(o, "utf-8", "surrogateescape").partition("\0")[0] for o in query.split("+")[:_MAX_WORDS])
-    return [_SHELL.sub(r"\\\g<0>", o) for o in words]
+    query = params.get("QUERY_STRING", "")
+    if not query or "=" in query or params.get("REQUEST_METHOD") not in ("GET", "HEAD"): return []
+    if query.count("+") >= _MAX_WORDS or len(_raw(query)) > _MAX_QUERY: return []
+    words = [unquote(o, "utf-8", "surrogateescape") for o in query.split("+")]
+    return [] if any("\0" in o for o in words) else [_SHELL.sub(r"\\\g<0>", o) for o in words]
 
 
 _SHELL = re.compile(r"""[&;`'"|*?~<>^()\[\]{}$\\\n\udcff]""")  # those of Apache httpd
 _MAX_WORDS = 1000
+_MAX_QUERY = 1 << 15  # bytes; Linux takes 128 kB for one argument, and a backslash may stand before each
 
 
 def _raw(s: str) -> bytes: return s.encode("utf-8", "surrogateescape")  # whatever the locale's encoding is

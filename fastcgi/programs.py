@@ -68,7 +68,7 @@ class ProgramHandler(FcgiHandler):
         limit = partial(set_limits, self.limits) if self.limits and not _PRLIMIT else None
         try:
             process = subprocess.Popen(
-                [path, *arguments(self.environ.get("QUERY_STRING", ""))], bufsize=0, stdin=stdin,
+                [path, *arguments(self.environ)], bufsize=0, stdin=stdin,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=os.path.dirname(path), env=self._variables(),
                 start_new_session=True, preexec_fn=limit)
         except (OSError, ValueError, subprocess.SubprocessError) as e: return self.refuse(*_why(path, e))

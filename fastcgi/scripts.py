@@ -59,7 +59,7 @@ class ScriptHandler(ProgramHandler):
         except FileNotFoundError: return self.refuse("404 Not Found", f"no such script: {path}")
         except IsADirectoryError: return self.refuse("403 Forbidden", f"a directory is no script: {path}")
         except PermissionError: return self.refuse("403 Forbidden", f"cannot read the script: {path}")
-        argv = [path, *arguments(self.environ.get("QUERY_STRING", ""))]
+        argv = [path, *arguments(self.environ)]
         if self.isolate: return self._fork(code, argv)
         answer, folder = Answer(self, os.path.basename(path)), os.path.dirname(path)
         try:
