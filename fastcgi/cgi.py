@@ -31,8 +31,15 @@ __all__ = ("CGIHandler", "ClientLeft", "check_client", "is_cgi", "run_as_cgi", "
 
 log = logging.getLogger("fastcgi.handler")
 
-# What a web server sends must not choose the code that our children run.
-_OURS = re.compile(r"LD_|DYLD_|PYTHON|PERL5|MALLOC_|GCONV_|BASH_|(PATH|HOME|SHELL|IFS|ENV|CDPATH|HTTP_PROXY)\Z")
+# What a web server sends must not choose the code that our children run. These are known to, by who reads them.
+_OURS = re.compile(
+    r"LD_|DYLD_|GLIBC_|MALLOC_|GCONV_|OPENSSL_|(LOCPATH|NLSPATH|TMPDIR)\Z"  # libraries
+    r"|BASH|(PATH|HOME|SHELL|IFS|ENV|CDPATH|FPATH|PS4|SHELLOPTS|ZDOTDIR|EDITOR|VISUAL|PAGER)\Z"  # shells
+    r"|PYTHON|PERL|RUBY|GEM_|BUNDLE_|LUA_|ERL_|TCL|NODE_(OPTIONS|PATH)\Z|R_(PROFILE|ENVIRON|LIBS)"  # interpreters
+    r"|((JAVA_TOOL|_JAVA|JDK_JAVA)_OPTIONS|CLASSPATH|PHPRC|PHP_INI_SCAN_DIR)\Z"
+    r"|GIT_(?!PROJECT_ROOT\Z|HTTP_|PROTOCOL\Z|NAMESPACE\Z|COMMITTER_)"  # these are what `git http-backend` is told
+    r"|FASTCGI_|(LISTEN_(FDS|PID|FDNAMES)|NOTIFY_SOCKET)\Z"  # servers, as we are one
+    r"|HTTP_PROXY\Z")  # HTTP clients, which take a header field for it
 
 
 _FIELD = re.compile(RAW_TOKEN + rb":[^\r\n\0]*")
@@ -150,7 +157,7 @@ def run_as_cgi(program: Callable[[], Any]) -> None:
 def variables(
     params: Mapping[str, str],  # of the request
 ) -> dict[str, str]:
-    "What of a request may be in the environment of a program: all but what chooses the code that runs."
+    "What of a request may be in the environment of a program: all but what is known to choose the code that runs."
     return {k: v for k, v in params.items() if _is_variable(k, v)}
 
 

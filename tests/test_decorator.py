@@ -51,7 +51,14 @@ def test_environment(monkeypatch):
 
 HARMFUL = ["PATH", "HOME", "SHELL", "IFS", "ENV", "CDPATH", "HTTP_PROXY", "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT",
            "DYLD_INSERT_LIBRARIES", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PERL5LIB", "PERL5OPT", "BASH_ENV",
-           "BASH_FUNC_ls%%", "GCONV_PATH", "MALLOC_CHECK_"]
+           "BASH_FUNC_ls%%", "GCONV_PATH", "MALLOC_CHECK_", *"""PERLLIB NODE_OPTIONS NODE_PATH RUBYOPT RUBYLIB CLASSPATH
+           JAVA_TOOL_OPTIONS _JAVA_OPTIONS JDK_JAVA_OPTIONS LUA_INIT LUA_INIT_5_4 LUA_PATH LUA_CPATH PHPRC TCLLIBPATH
+           PHP_INI_SCAN_DIR ZDOTDIR GIT_SSH_COMMAND GIT_CONFIG_COUNT GIT_EXEC_PATH OPENSSL_CONF OPENSSL_MODULES LOCPATH
+           GLIBC_TUNABLES SHELLOPTS BASHOPTS PS4 NLSPATH TMPDIR NOTIFY_SOCKET LISTEN_FDS LISTEN_PID LISTEN_FDNAMES
+           ERL_LIBS FASTCGI_BIND R_PROFILE_USER GEM_PATH BUNDLE_GEMFILE""".split()]
+HARMLESS = """PHP_SELF PHP_AUTH_USER REDIRECT_STATUS REDIRECT_URL SSL_CLIENT_S_DN HTTP_PATH HTTP_PROXY_X PATH_INFO
+           FCGI_ROLE REMOTE_USER SERVER_NAME GATEWAY_INTERFACE GIT_PROJECT_ROOT GIT_HTTP_EXPORT_ALL GIT_PROTOCOL
+           LISTEN_PORT NODE_ENV TZ LANG RACK_ENV X_LD_PRELOAD""".split()
 
 
 @pytest.mark.parametrize("name", HARMFUL)
@@ -62,6 +69,13 @@ def test_variables_that_choose_what_runs_are_ours_alone(name, monkeypatch):
         if name not in ("PATH", "HOME"): m.delenv(name, raising=False)
         run(program, **{name: "theirs"})
     assert seen == [os.environ.get(name) if name in ("PATH", "HOME") else None]
+
+
+def test_other_variables_are_there():
+    def program(): seen.update({o: os.environ.get(o) for o in HARMLESS})
+    seen = {}
+    run(program, **dict.fromkeys(HARMLESS, "theirs"))
+    assert seen == dict.fromkeys(HARMLESS, "theirs")
 
 
 def test_variables_that_no_process_can_have():
