@@ -64,19 +64,22 @@ class ProgramHandler(FcgiHandler):
     ) -> None:
         "Answer this request with what the program at `path` says."
         self.environ["SCRIPT_FILENAME"] = path
-        stdin = subprocess.DEVNULL if self._exchange.stdin.ended and not self._exchange.stdin.size else subprocess.PIPE
         limit = partial(set_limits, self.limits) if self.limits and not _PRLIMIT else None
+        empty = self._exchange.stdin.ended and not self._exchange.stdin.size
+        fds: list[int] = []
         try:
+            for _ in range(2 if empty else 3): fds += os.pipe()
+            our_stdout, stdout, our_stderr, stderr, *pair = fds
+            stdin, our_stdin = pair or (subprocess.DEVNULL, None)
             process = subprocess.Popen(
-                [path, *arguments(self.environ)], bufsize=0, stdin=stdin,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=os.path.dirname(path), env=self._variables(),
-                start_new_session=True, preexec_fn=limit)
-        except (OSError, ValueError, subprocess.SubprocessError) as e: return self.refuse(*_why(path, e))
+                [path, *arguments(self.environ)], stdin=stdin, stdout=stdout, stderr=stderr, cwd=os.path.dirname(path),
+                env=self._variables(), start_new_session=True, preexec_fn=limit)
+        except (OSError, ValueError, subprocess.SubprocessError) as e:
+            for fd in fds: os.close(fd)
+            return self.refuse(*_why(path, e))
+        for fd in (stdout, stderr, *pair[:1]): os.close(fd)
         if _PRLIMIT and self.limits: set_limits(self.limits, process.pid)
-        fds = [None if o is None else os.dup(o.fileno()) for o in (process.stdin, process.stdout, process.stderr)]
-        for o in (process.stdin, process.stdout, process.stderr):
-            if o: o.close()
-        self.relay(process, path, *fds)
+        self.relay(process, path, our_stdin, our_stdout, our_stderr)
 
     def relay(self, process: Any, path: str, *fds: Any) -> None:
         "Let the request and a process that answers it talk, until both are done."

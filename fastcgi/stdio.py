@@ -58,8 +58,9 @@ def standard_streams(handler: FcgiHandler, answer: Answer) -> Iterator[None]:
 @contextmanager
 def _descriptors(handler: FcgiHandler) -> Iterator[int]:
     "Descriptor 0 with the body, 1 with a file that is read where this says; what they were is put back."
-    pid, saved = os.getpid(), (os.dup(0), os.dup(1))
+    pid, saved = os.getpid(), [os.dup(0)]
     try:
+        saved.append(os.dup(1))
         _take_body(handler)
         with _file() as out:
             fd = out.fileno()

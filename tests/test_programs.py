@@ -1,4 +1,5 @@
 """Executables started for each request: what they find, how their answers are checked, and how they end."""
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from helpers import END_REQUEST, STDOUT, Program, Reader, ask, begin, connect, h
 from fastcgi import relay
 from fastcgi.cgi import Answer, arguments
 from fastcgi.programs import ProgramHandler
+from fastcgi.scripts import ScriptHandler
 
 HEAD = "printf 'Content-Type: text/plain\\n\\n'\n"
 
@@ -179,6 +181,21 @@ def test_program_that_is_not_there_or_a_directory(tmp_path, caplog):
     assert answer_of(ProgramHandler.of(tmp_path)).headers["status"] == "403 Forbidden"
     res = answer_of(ProgramHandler.of(tmp_path / "nothing"), REQUEST_METHOD="HEAD")
     assert res.body.strip() == b"" and "no such program" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [ProgramHandler, ScriptHandler])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_nothing_is_left_open_where_there_are_too_few_descriptors(n, kind, program, monkeypatch, caplog):
+    def pipe():
+        if len(made) == n: raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(real())
+        return made[-1]
+    real, made = os.pipe, []
+    handler = kind.of(program("").path, isolate=True) if kind is ScriptHandler else program(HEAD)
+    monkeypatch.setattr(os, "pipe", pipe)
+    assert answer_of(handler, b"x").headers["status"] == "500 Internal Server Error"
+    assert len(made) == n and "Too many open files" in caplog.text
+    for fd in sum(made, ()): pytest.raises(OSError, os.fstat, fd)
 
 
 # Time, limits, and clients that leave

@@ -1,4 +1,5 @@
 """Python scripts that stay loaded: each request finds what `python script.py` would, and leaves nothing behind."""
+import errno
 import os
 import subprocess
 import sys
@@ -132,6 +133,18 @@ def test_children_have_the_whole_body(n, said, script):
 def test_client_that_leaves_in_the_middle_of_its_upload(script, tmp_path, caplog):
     with handling(script("open('ran', 'w')")) as sock: sock.sendall(request(bytes(2 << 16))[:1 << 16])
     assert not (tmp_path / "ran").exists() and not caplog.messages
+
+
+def test_nothing_is_left_open_where_there_are_too_few_descriptors(script, monkeypatch, caplog):
+    def dup(fd):
+        if made: raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(real(fd))
+        return made[0]
+    real, made = os.dup, []
+    monkeypatch.setattr(os, "dup", dup)
+    assert answer_of(script(HEAD)).headers["status"] == "500 Internal Server Error"
+    assert "Too many open files" in caplog.text
+    with pytest.raises(OSError): os.fstat(made[0])
 
 
 ORDER = """
@@ -303,6 +316,23 @@ def test_isolated(short_dir):
             assert (session, term, ours, n, res.app_status) == ("True", "0", "False", "4", 4)
             assert rest == "child\n" + "the body\n" * 9000 + "a thread\nat last\n"
         assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("known", [["0", "1", "2"], None])
+def test_isolated_child_closes_what_no_list_has(known):
+    code = f"""
+import os
+from fastcgi import scripts
+def listdir(path):
+    if not {known}: raise FileNotFoundError(path)
+    return {known}
+os.listdir, fds = listdir, os.pipe()
+scripts._close_others()
+for fd in fds:
+    try: os.fstat(fd)
+    except OSError: print("closed")
+"""
+    with Program("-c", code) as app: assert (app.ended(), app.said()) == (0, "closed\nclosed\n")
 
 
 def test_isolated_body_comes_as_it_is_sent(short_dir):
