@@ -26,8 +26,8 @@ from .handler import FcgiHandler
 from .request import Lazy
 from .streams import OutputStream
 
-__all__ = ("CGIHandler", "ClientLeft", "check_client", "is_cgi", "run_as_cgi", "Answer", "variables", "arguments",
-           "environment", "directory")
+__all__ = ("CGIHandler", "ClientLeft", "check_client", "tell", "is_cgi", "run_as_cgi", "Answer", "variables",
+           "arguments", "environment", "directory")
 
 log = logging.getLogger("fastcgi.handler")
 
@@ -56,6 +56,12 @@ def check_client(handler: FcgiHandler) -> None:
     if handler.aborted(): raise ClientLeft(errno.EPIPE, "the client has left")
 
 
+def tell(handler: FcgiHandler, why: str) -> None:
+    "Say in the web server's log what is wrong with a program, unless its author reads ours, or a page that says it."
+    if handler.stderr_to == "log" or handler.show_errors: return
+    handler._exchange.write_err(f"{why}\n".encode("utf-8", "backslashreplace"))
+
+
 class CGIHandler(FcgiHandler):
     """Calls `program` for each request, with the process made to look like that of a CGI program.
 
@@ -80,8 +86,7 @@ class CGIHandler(FcgiHandler):
         elif not getattr(stdout, "known", False): super()._check_answer()
 
     def _refuse(self, what: str, more: str = "") -> None:
-        if self.stderr_to != "log" and not self.show_errors:  # where the page says it
-            self._exchange.write_err(f"{what}{more and ': '}{more}\n".encode())
+        tell(self, f"{what}{more and ': '}{more}")
         super()._refuse(what, more)
 
 
@@ -249,9 +254,10 @@ def _standard_streams(handler: FcgiHandler) -> Iterator[None]:
 class Answer:
     """The output of a CGI program on its way to STDOUT: its head is held until it is complete, and checked.
 
-    A head that is none gives 500, as under any web server. Its lines end in CRLF afterwards; what says where to go, and
-    no status, says 302 (RFC 3875 6.2.3), which half of the web servers forget where FastCGI is spoken. The status line
-    of a program whose name begins with `nph-` becomes a `Status`.
+    A head that is none gives 500, as under any web server, and the log and FCGI_STDERR say what is missing. Its lines
+    end in CRLF afterwards; what says where to go, and no status, says 302 (RFC 3875 6.2.3), which half of the web
+    servers forget where FastCGI is spoken. The status line of a program whose name begins with `nph-` becomes a
+    `Status`.
     """
 
     def __init__(self, handler: FcgiHandler, name: str) -> None:  # name: of the program's file
@@ -282,7 +288,7 @@ class Answer:
     def end(self) -> None:
         "There is no more output."
         if self._refused or self._head is None or self.handler._exchange.aborted: return
-        self._refuse("output ended before its header did" if self._head else "no output")
+        self._refuse(*_missing(bytes(self._head)) if self._head else ("no output",))
 
     def fail(self, status: str, why: str) -> None:
         "Answer with a page of ours, if nothing has left; else break the answer off, so that it does not look whole."
@@ -291,7 +297,10 @@ class Answer:
         if cut: self.handler._channel.connection.send_failed()
         elif not self._refused: self._page(status)
 
-    def _refuse(self, why: str) -> None: self.fail("500 Internal Server Error", f"bad answer of a program, {why}")
+    def _refuse(self, what: str, more: str = "") -> None:
+        why = f"{what}{more and ': '}{more}"
+        tell(self.handler, why)
+        self.fail("500 Internal Server Error", f"bad answer of a program, {why}")
 
     def _page(self, status: str) -> None:
         self._refused = True
@@ -304,7 +313,7 @@ class Answer:
             lines[0] = b"Status: " + m[1]
         for line in lines:
             if not _FIELD.fullmatch(line):
-                self._refuse(f"malformed header line {ascii(line[:30].decode('latin-1'))}")
+                self._refuse(*_missing(b"\n".join(lines) + b"\n\n"))
                 return None
         names = {o.partition(b":")[0].lower() for o in lines}
         if b"location" in names and b"status" not in names: lines.insert(0, b"Status: 302 Found")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from .cgi import Answer, arguments, variables
+from .cgi import Answer, arguments, tell, variables
 from .connection import status_page
 from .handler import FcgiHandler
 from .relay import Relay
@@ -90,14 +90,17 @@ class ProgramHandler(FcgiHandler):
             answer.fail("500 Internal Server Error", f"program ended with signal={-status}")
         else:
             answer.end()
-            if status == 127 and ends_in_cr(path): log.error("%s: %s", path, CRLF)  # env does not find 'python3\r'
+            if status == 127 and ends_in_cr(path):  # env does not find 'python3\r'
+                log.error("%s: %s", path, CRLF)
+                tell(self, f"{path}: {CRLF}")
             if status: log.log(logging.WARNING if status < 0 else logging.INFO, "program ended with %s: %s %s",
                                f"signal={-status}" if status < 0 else f"exit={status}", answer.name, self._about())
         self.app_status = status if status >= 0 else 128 - status
 
     def refuse(self, status: str, why: str) -> None:
-        "Answer with a status page, and tell the log why."
+        "Answer with a status page, and tell the log why; the web server's, too, unless there is no such program."
         log.error("%s, sent %s: %s", why, status[:3], self._about())
+        if not status.startswith("404"): tell(self, why)
         self.write(status_page(status, self.environ.get("REQUEST_METHOD") != "HEAD"))
 
     def _variables(self) -> dict[bytes, bytes]:

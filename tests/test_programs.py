@@ -127,16 +127,34 @@ def test_standard_error_and_exit_status(program, caplog):
 
 # Answers
 
+NONE = "the answer has no header block: it begins with b'{}'; print 'Content-Type: text/plain' and an empty line first"
+NO_LINE = "an empty line is missing: print one before b'{}', which is no header field"
+
+
 @pytest.mark.parametrize("code,said", [
-    ("echo hello\necho\n", "malformed header line 'hello'"), ("", "no output"), ("printf 'A: b\\n'", "ended before"),
-    ("printf 'A b: c\\n\\n'", "'A b: c'"), ("printf 'A: b\\n folded\\n\\n'", "' folded'"),
-    ("printf 'A: b\\rC: d\\n\\n'", "'A: b\\rC: d'"), ("printf 'HTTP/1.1 200 OK\\nA: b\\n\\n'", "'HTTP/1.1 200 OK'"),
-    ("printf ': b\\n\\n'", "': b'"), ("head -c 70000 /dev/zero | tr '\\\\0' x", "larger than 65536"),
-    ("printf 'A: \\000\\n\\n'", "malformed")], ids=range(10))
+    ("echo hello\necho\n", NONE.format("hello")), ("echo hello", NONE.format("hello")), ("", "no output"),
+    ("printf 'A: b\\n'", "the header block does not end: print an empty line after it"),
+    ("printf 'A b: c\\n\\n'", NONE.format("A b: c")), ("printf 'A: b\\n folded\\n\\n'", NO_LINE.format(" folded")),
+    ("printf 'A: b\\nhello\\n'", NO_LINE.format("hello")), ("printf 'A: b\\rC: d\\n\\n'", NONE.format("A: b\\rC: d")),
+    ("printf 'HTTP/1.1 200 OK\\nA: b\\n\\n'", NONE.format("HTTP/1.1 200 OK")),
+    ("printf ': b\\n\\n'", NONE.format(": b")),
+    ("head -c 70000 /dev/zero | tr '\\0' x", "header larger than 65536 bytes"),
+    ("printf 'A: \\000\\n\\n'", NONE.format("A: \\x00"))], ids=range(12))
 def test_answers_that_are_none(code, said, program, caplog):
     res = answer_of(program(code))
     assert (res.headers["status"], res.body) == ("500 Internal Server Error", b"500 Internal Server Error\n")
-    assert said in caplog.text and "sent 500: program" in caplog.text
+    assert f"bad answer of a program, {said}, sent 500: program" in caplog.text and res.stderr.decode() == f"{said}\n"
+
+
+def test_status_line_does_not_hide_what_is_missing(program, caplog):
+    answer_of(program("printf 'HTTP/1.0 200 OK\\nhello\\n\\n'", name="nph-program"))
+    assert NO_LINE.format("hello") in caplog.text
+
+
+@pytest.mark.parametrize("attrs", [{"stderr_to": "log"}, {"show_errors": True}])
+def test_what_is_wrong_is_told_where_it_is_to_be_told(attrs, program):
+    assert not answer_of(program("echo hello", **attrs)).stderr
+    assert not answer_of(program("", "#!/no/such/thing\n", **attrs)).stderr
 
 
 @pytest.mark.parametrize("out,head", [
@@ -172,12 +190,13 @@ def test_head_however_it_is_cut(size):
     ("#!/usr/bin/env sh\r\n", 0o755, "500 Internal Server Error", "its first line ends in CR LF: save it with Unix"),
     ("echo no first line\n", 0o755, "500 Internal Server Error", "does not say which program runs it")])
 def test_what_cannot_be_started(first, mode, status, said, program, caplog):
-    assert answer_of(program(HEAD, first, mode=mode)).headers["status"] == status
-    assert said in caplog.text
+    res = answer_of(program(HEAD, first, mode=mode))
+    assert res.headers["status"] == status and said in caplog.text and said in res.stderr.decode()
 
 
 def test_program_that_is_not_there_or_a_directory(tmp_path, caplog):
-    assert answer_of(ProgramHandler.of(tmp_path / "nothing")).headers["status"] == "404 Not Found"
+    res = answer_of(ProgramHandler.of(tmp_path / "nothing"))
+    assert (res.headers["status"], res.stderr) == ("404 Not Found", b"")
     assert answer_of(ProgramHandler.of(tmp_path)).headers["status"] == "403 Forbidden"
     res = answer_of(ProgramHandler.of(tmp_path / "nothing"), REQUEST_METHOD="HEAD")
     assert res.body.strip() == b"" and "no such program" in caplog.text

@@ -237,10 +237,12 @@ def test_script_that_does_not_compile(script, caplog):
     assert "SyntaxError" in caplog.text
 
 
-@pytest.mark.parametrize("code,said", [("", "no output"), ("print('hello')\nprint()", "header line 'hello'")])
+@pytest.mark.parametrize("code,said", [("", "no output"), ("print('hello')\nprint()", "it begins with b'hello'; print"),
+                                       ("print('hello')", "it begins with b'hello'; print 'Content-Type: text/plain'")])
 def test_answers_that_are_none(code, said, script, caplog):
-    assert answer_of(script(code)).headers["status"] == "500 Internal Server Error"
-    assert said in caplog.text
+    res = answer_of(script(code))
+    assert res.headers["status"] == "500 Internal Server Error"
+    assert said in caplog.text and said in res.stderr.decode()
 
 
 def test_script_that_is_not_there(tmp_path):
