@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, cast
 from urllib.parse import unquote
 
+from . import forks
 from .connection import status_page
 from .core import MAX_CONTENT, Bytes
 from .errors import ConnectionLost
@@ -98,11 +99,12 @@ class _Stdout(OutputStream):
         self._handler = handler
         self.known = self.refused = False  # the head was looked at; it is none, and what follows is dropped
         self._scanned = 0  # bytes known to hold no blank line
+        self._forks = forks.count
 
     def write(self, data: Any, /) -> int:
         exchange, left = self._exchange, self._exchange._left
         n = self._take(data)
-        if not self.held and (exchange.aborted or exchange._left != left): check_client(self._handler)
+        if not self.held and (exchange.aborted or exchange._left != left): self._check()
         return n
 
     def _take(self, data: Any) -> int:
@@ -118,7 +120,10 @@ class _Stdout(OutputStream):
         if self.held: return
         if not self.known: self.look()
         super().flush()
-        check_client(self._handler)
+        self._check()
+
+    def _check(self) -> None:
+        if forks.count == self._forks: check_client(self._handler)  # a child must not take input from its parent
 
     def look(
         self,

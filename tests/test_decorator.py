@@ -424,6 +424,27 @@ def test_who_prints_on_when_the_client_has_left_is_ended(leave, flush, caplog):
     assert seen == [errno.EPIPE] and not caplog.messages
 
 
+def test_a_child_that_prints_takes_no_input_from_its_parent():
+    def program():
+        print(HEAD, end="", flush=True)
+        if not os.fork():
+            go_r.recv(1)
+            print("child", end="", flush=True)
+            os._exit(0)
+        os.wait()
+        print(len(sys.stdin.read()))
+    go_r, go_w = socket.socketpair()
+    with go_r, go_w, handling(cgi(program)) as sock:
+        data = request(b"x" * 9)
+        sock.sendall(data[:-17])
+        reader = Reader()
+        while not reader.open: reader.feed(sock.recv(999))
+        sock.sendall(data[-17:])
+        go_w.send(b"x")
+        while not reader.answers: reader.feed(sock.recv(999))
+    assert reader.answers[0].body == b"child9\n"
+
+
 def test_what_no_web_server_asks_for_stays_as_it_is(caplog):
     res, = ask(cgi(lambda: print("hello", end="", flush=True)), begin(), params({"A": "b"}), rec(STDIN))
     assert bytes(res.stdout) == b"hello" and not caplog.messages
