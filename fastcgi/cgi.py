@@ -7,6 +7,7 @@ the affair of `programs`, `scripts` and `cgibin`, which take from here what CGI 
 """
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -17,19 +18,29 @@ from contextlib import contextmanager, suppress
 from typing import Any, cast
 from urllib.parse import unquote
 
+from . import forks
 from .connection import status_page
 from .core import MAX_CONTENT, Bytes
+from .errors import ConnectionLost
 from .grammar import HEAD_END, RAW_TOKEN
 from .handler import FcgiHandler
 from .request import Lazy
 from .streams import OutputStream
 
-__all__ = ("CGIHandler", "is_cgi", "run_as_cgi", "Answer", "variables", "arguments", "environment", "directory")
+__all__ = ("CGIHandler", "ClientLeft", "check_client", "tell", "is_cgi", "run_as_cgi", "Answer", "variables",
+           "arguments", "environment", "directory")
 
 log = logging.getLogger("fastcgi.handler")
 
-# What a web server sends must not choose the code that our children run.
-_OURS = re.compile(r"LD_|DYLD_|PYTHON|PERL5|MALLOC_|GCONV_|BASH_|(PATH|HOME|SHELL|IFS|ENV|CDPATH|HTTP_PROXY)\Z")
+# What a web server sends must not choose the code that our children run. These are known to, by who reads them.
+_OURS = re.compile(
+    r"LD_|DYLD_|GLIBC_|MALLOC_|GCONV_|OPENSSL_|(LOCPATH|NLSPATH|TMPDIR)\Z"  # libraries
+    r"|BASH|(PATH|HOME|SHELL|IFS|ENV|CDPATH|FPATH|PS4|SHELLOPTS|ZDOTDIR|EDITOR|VISUAL|PAGER)\Z"  # shells
+    r"|PYTHON|PERL|RUBY|GEM_|BUNDLE_|LUA_|ERL_|TCL|NODE_(OPTIONS|PATH)\Z|R_(PROFILE|ENVIRON|LIBS)"  # interpreters
+    r"|((JAVA_TOOL|_JAVA|JDK_JAVA)_OPTIONS|CLASSPATH|PHPRC|PHP_INI_SCAN_DIR)\Z"
+    r"|GIT_(?!PROJECT_ROOT\Z|HTTP_|PROTOCOL\Z|NAMESPACE\Z|COMMITTER_)"  # these are what `git http-backend` is told
+    r"|FASTCGI_|(LISTEN_(FDS|PID|FDNAMES)|NOTIFY_SOCKET)\Z"  # servers, as we are one
+    r"|HTTP_PROXY\Z")  # HTTP clients, which take a header field for it
 
 
 _FIELD = re.compile(RAW_TOKEN + rb":[^\r\n\0]*")
@@ -37,11 +48,26 @@ _FIELDS = re.compile(rb"(?:" + _FIELD.pattern + rb"\r?\n)*")
 _BLOCK = re.compile(_FIELDS.pattern + rb"\r?\n")  # a whole header block; an empty one is known to all web servers
 
 
+class ClientLeft(ConnectionLost, BrokenPipeError):
+    "A CGI program writes what nobody will read: one without an end would go on for ever. It need not catch this."
+
+
+def check_client(handler: FcgiHandler) -> None:
+    "Raise `ClientLeft` once the web server has given the request up, or has gone."
+    if handler.aborted(): raise ClientLeft(errno.EPIPE, "the client has left")
+
+
+def tell(handler: FcgiHandler, why: str) -> None:
+    "Say in the web server's log what is wrong with a program, unless its author reads ours, or a page that says it."
+    if handler.stderr_to == "log" or handler.show_errors: return
+    handler._exchange.write_err(f"{why}\n".encode("utf-8", "backslashreplace"))
+
+
 class CGIHandler(FcgiHandler):
     """Calls `program` for each request, with the process made to look like that of a CGI program.
 
     What it prints leaves as it is. Without a header block it gives 500, as under any web server, and the log and
-    FCGI_STDERR say what is missing.
+    FCGI_STDERR say what is missing. Who prints on when the client has left gets a `BrokenPipeError`.
     """
     one_at_a_time = True  # `os.environ` and `sys.stdout` are the whole process's
     program: Callable[[], Any]  # without arguments; a plain function in a class body needs `staticmethod`
@@ -61,8 +87,7 @@ class CGIHandler(FcgiHandler):
         elif not getattr(stdout, "known", False): super()._check_answer()
 
     def _refuse(self, what: str, more: str = "") -> None:
-        if self.stderr_to != "log" and not self.show_errors:  # where the page says it
-            self._exchange.write_err(f"{what}{more and ': '}{more}\n".encode())
+        tell(self, f"{what}{more and ': '}{more}")
         super()._refuse(what, more)
 
 
@@ -74,19 +99,31 @@ class _Stdout(OutputStream):
         self._handler = handler
         self.known = self.refused = False  # the head was looked at; it is none, and what follows is dropped
         self._scanned = 0  # bytes known to hold no blank line
+        self._forks = forks.count
 
     def write(self, data: Any, /) -> int:
+        exchange, left = self._exchange, self._exchange._left
+        n = self._take(data)
+        if not self.held and (exchange.aborted or exchange._left != left): self._check()
+        return n
+
+    def _take(self, data: Any) -> int:
         if self.known: return memoryview(data).nbytes if self.refused else super().write(data)
         view = memoryview(data).cast("B")
         room = MAX_CONTENT - len(self._exchange._stdout)
         if len(view) <= room: return super().write(data)
         self._exchange.write(view[:room])
         self.look(whole=True)
-        return room + self.write(view[room:])
+        return room + self._take(view[room:])
 
     def flush(self) -> None:
-        if not self.known and not self.held: self.look()
+        if self.held: return
+        if not self.known: self.look()
         super().flush()
+        self._check()
+
+    def _check(self) -> None:
+        if forks.count == self._forks: check_client(self._handler)  # a child must not take input from its parent
 
     def look(
         self,
@@ -130,7 +167,7 @@ def run_as_cgi(program: Callable[[], Any]) -> None:
 def variables(
     params: Mapping[str, str],  # of the request
 ) -> dict[str, str]:
-    "What of a request may be in the environment of a program: all but what chooses the code that runs."
+    "What of a request may be in the environment of a program: all but what is known to choose the code that runs."
     return {k: v for k, v in params.items() if _is_variable(k, v)}
 
 
@@ -139,19 +176,23 @@ def _is_variable(name: str, value: str) -> bool:
 
 
 def arguments(
-    query: str,  # QUERY_STRING
+    params: Mapping[str, str],  # of the request
 ) -> list[str]:
     """The words of an indexed query, one without `=`, that are a program's arguments (RFC 3875 4.4).
 
-    What a shell would take for its own stands behind a backslash, as web servers have always done it.
+    What a shell would take for its own stands behind a backslash, as web servers have always done it. There are none
+    at all where one cannot be, or where they are more than a process might be started with.
     """
-    if not query or "=" in query: return []
-    words = (unquote(o, "utf-8", "surrogateescape").partition("\0")[0] for o in query.split("+")[:_MAX_WORDS])
-    return [_SHELL.sub(r"\\\g<0>", o) for o in words]
+    query = params.get("QUERY_STRING", "")
+    if not query or "=" in query or params.get("REQUEST_METHOD") not in ("GET", "HEAD"): return []
+    if query.count("+") >= _MAX_WORDS or len(_raw(query)) > _MAX_QUERY: return []
+    words = [unquote(o, "utf-8", "surrogateescape") for o in query.split("+")]
+    return [] if any("\0" in o for o in words) else [_SHELL.sub(r"\\\g<0>", o) for o in words]
 
 
 _SHELL = re.compile(r"""[&;`'"|*?~<>^()\[\]{}$\\\n\udcff]""")  # those of Apache httpd
 _MAX_WORDS = 1000
+_MAX_QUERY = 1 << 15  # bytes; Linux takes 128 kB for one argument, and a backslash may stand before each
 
 
 def _raw(s: str) -> bytes: return s.encode("utf-8", "surrogateescape")  # whatever the locale's encoding is
@@ -218,9 +259,10 @@ def _standard_streams(handler: FcgiHandler) -> Iterator[None]:
 class Answer:
     """The output of a CGI program on its way to STDOUT: its head is held until it is complete, and checked.
 
-    A head that is none gives 500, as under any web server. Its lines end in CRLF afterwards; what says where to go, and
-    no status, says 302 (RFC 3875 6.2.3), which half of the web servers forget where FastCGI is spoken. The status line
-    of a program whose name begins with `nph-` becomes a `Status`.
+    A head that is none gives 500, as under any web server, and the log and FCGI_STDERR say what is missing. Its lines
+    end in CRLF afterwards; what says where to go, and no status, says 302 (RFC 3875 6.2.3), which half of the web
+    servers forget where FastCGI is spoken. The status line of a program whose name begins with `nph-` becomes a
+    `Status`.
     """
 
     def __init__(self, handler: FcgiHandler, name: str) -> None:  # name: of the program's file
@@ -251,15 +293,19 @@ class Answer:
     def end(self) -> None:
         "There is no more output."
         if self._refused or self._head is None or self.handler._exchange.aborted: return
-        self._refuse("output ended before its header did" if self._head else "no output")
+        self._refuse(*_missing(bytes(self._head)) if self._head else ("no output",))
 
     def fail(self, status: str, why: str) -> None:
         "Answer with a page of ours, if nothing has left; else break the answer off, so that it does not look whole."
-        log.error("%s, %s: %s %s", why, "cut" if self.begun else f"sent {status[:3]}", self.name, self.handler._about())
-        if self.begun: self.handler._channel.connection.send_failed()
+        cut = self.begun and not self.handler._exchange.discard_output()
+        log.error("%s, %s: %s %s", why, "cut" if cut else f"sent {status[:3]}", self.name, self.handler._about())
+        if cut: self.handler._channel.connection.send_failed()
         elif not self._refused: self._page(status)
 
-    def _refuse(self, why: str) -> None: self.fail("500 Internal Server Error", f"bad answer of a program, {why}")
+    def _refuse(self, what: str, more: str = "") -> None:
+        why = f"{what}{more and ': '}{more}"
+        tell(self.handler, why)
+        self.fail("500 Internal Server Error", f"bad answer of a program, {why}")
 
     def _page(self, status: str) -> None:
         self._refused = True
@@ -272,7 +318,7 @@ class Answer:
             lines[0] = b"Status: " + m[1]
         for line in lines:
             if not _FIELD.fullmatch(line):
-                self._refuse(f"malformed header line {ascii(line[:30].decode('latin-1'))}")
+                self._refuse(*_missing(b"\n".join(lines) + b"\n\n"))
                 return None
         names = {o.partition(b":")[0].lower() for o in lines}
         if b"location" in names and b"status" not in names: lines.insert(0, b"Status: 302 Found")

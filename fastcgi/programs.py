@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from .cgi import Answer, arguments, variables
+from .cgi import Answer, arguments, tell, variables
 from .connection import status_page
 from .handler import FcgiHandler
 from .relay import Relay
@@ -30,8 +30,9 @@ class ProgramHandler(FcgiHandler):
     """Runs the program at `path` for each request: `ProgramHandler.of("/usr/lib/cgi-bin/report.pl")`.
 
     Status 404 if there is no such file, 403 if it may not be executed, 500 if it cannot be started or answers nothing
-    that has a head, 504 if its time is up before that. What it says on standard error goes to FCGI_STDERR; its exit
-    status is the application status, 128 and the signal where that ended it.
+    that has a head, 504 if its time is up before that. Once some of its answer has left, that is broken off if its time
+    is up or a signal ends it. What it says on standard error goes to FCGI_STDERR; its exit status is the application
+    status, 128 and the signal where that ended it.
     """
     path = ""
     deadline: float | None = 300  # seconds that a program may run
@@ -63,34 +64,43 @@ class ProgramHandler(FcgiHandler):
     ) -> None:
         "Answer this request with what the program at `path` says."
         self.environ["SCRIPT_FILENAME"] = path
-        stdin = subprocess.DEVNULL if self._exchange.stdin.ended and not self._exchange.stdin.size else subprocess.PIPE
         limit = partial(set_limits, self.limits) if self.limits and not _PRLIMIT else None
+        empty = self._exchange.stdin.ended and not self._exchange.stdin.size
+        fds: list[int] = []
         try:
+            for _ in range(2 if empty else 3): fds += os.pipe()
+            our_stdout, stdout, our_stderr, stderr, *pair = fds
+            stdin, our_stdin = pair or (subprocess.DEVNULL, None)
             process = subprocess.Popen(
-                [path, *arguments(self.environ.get("QUERY_STRING", ""))], bufsize=0, stdin=stdin,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=os.path.dirname(path), env=self._variables(),
-                start_new_session=True, preexec_fn=limit)
-        except (OSError, ValueError, subprocess.SubprocessError) as e: return self.refuse(*_why(path, e))
+                [path, *arguments(self.environ)], stdin=stdin, stdout=stdout, stderr=stderr, cwd=os.path.dirname(path),
+                env=self._variables(), start_new_session=True, preexec_fn=limit)
+        except (OSError, ValueError, subprocess.SubprocessError) as e:
+            for fd in fds: os.close(fd)
+            return self.refuse(*_why(path, e))
+        for fd in (stdout, stderr, *pair[:1]): os.close(fd)
         if _PRLIMIT and self.limits: set_limits(self.limits, process.pid)
-        fds = [None if o is None else os.dup(o.fileno()) for o in (process.stdin, process.stdout, process.stderr)]
-        for o in (process.stdin, process.stdout, process.stderr):
-            if o: o.close()
-        self.relay(process, path, *fds)
+        self.relay(process, path, our_stdin, our_stdout, our_stderr)
 
     def relay(self, process: Any, path: str, *fds: Any) -> None:
         "Let the request and a process that answers it talk, until both are done."
         answer = Answer(self, os.path.basename(path))
-        status = Relay(self, process, answer, *fds).run(self.deadline)
-        answer.end()
-        if status:
-            if status == 127 and ends_in_cr(path): log.error("%s: %s", path, CRLF)  # env does not find 'python3\r'
-            log.log(logging.WARNING if status < 0 else logging.INFO, "program ended with %s: %s %s", f"signal={-status}"
-                    if status < 0 else f"exit={status}", os.path.basename(path), self._about())
+        talk = Relay(self, process, answer, *fds)
+        status = talk.run(self.deadline)
+        if status < 0 and answer.begun and not talk.killing and not self._exchange.aborted:  # it may not be whole
+            answer.fail("500 Internal Server Error", f"program ended with signal={-status}")
+        else:
+            answer.end()
+            if status == 127 and ends_in_cr(path):  # env does not find 'python3\r'
+                log.error("%s: %s", path, CRLF)
+                tell(self, f"{path}: {CRLF}")
+            if status: log.log(logging.WARNING if status < 0 else logging.INFO, "program ended with %s: %s %s",
+                               f"signal={-status}" if status < 0 else f"exit={status}", answer.name, self._about())
         self.app_status = status if status >= 0 else 128 - status
 
     def refuse(self, status: str, why: str) -> None:
-        "Answer with a status page, and tell the log why."
+        "Answer with a status page, and tell the log why; the web server's, too, unless there is no such program."
         log.error("%s, sent %s: %s", why, status[:3], self._about())
+        if not status.startswith("404"): tell(self, why)
         self.write(status_page(status, self.environ.get("REQUEST_METHOD") != "HEAD"))
 
     def _variables(self) -> dict[bytes, bytes]:

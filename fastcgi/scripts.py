@@ -59,7 +59,7 @@ class ScriptHandler(ProgramHandler):
         except FileNotFoundError: return self.refuse("404 Not Found", f"no such script: {path}")
         except IsADirectoryError: return self.refuse("403 Forbidden", f"a directory is no script: {path}")
         except PermissionError: return self.refuse("403 Forbidden", f"cannot read the script: {path}")
-        argv = [path, *arguments(self.environ.get("QUERY_STRING", ""))]
+        argv = [path, *arguments(self.environ)]
         if self.isolate: return self._fork(code, argv)
         answer, folder = Answer(self, os.path.basename(path)), os.path.dirname(path)
         try:
@@ -81,12 +81,14 @@ class ScriptHandler(ProgramHandler):
     def _fork(self, code: CodeType, argv: list[str]) -> None:
         for name in self.preload: import_module(name)
         flush()  # or the child has it too
-        pipes = os.pipe(), os.pipe(), os.pipe()
-        (stdin, our_stdin), (our_stdout, stdout), (our_stderr, stderr) = pipes
-        try: pid = os.fork()
+        fds: list[int] = []
+        try:
+            for _ in range(3): fds += os.pipe()
+            pid = os.fork()
         except OSError as e:
-            for fd in sum(pipes, ()): os.close(fd)
+            for fd in fds: os.close(fd)
             return self.refuse("500 Internal Server Error", f"cannot fork: {e.strerror}")
+        stdin, our_stdin, our_stdout, stdout, our_stderr, stderr = fds
         if not pid:
             try: self._be_child(code, argv, stdin, stdout, stderr)
             finally: os._exit(70)
@@ -121,10 +123,16 @@ class ScriptHandler(ProgramHandler):
 def _close_others() -> None:
     "All descriptors but the standard ones: the listening socket and connections are not the script's."
     try: fds = [int(o) for o in os.listdir("/dev/fd")]
-    except OSError: fds = [*range(min(os.sysconf("SC_OPEN_MAX"), 1 << 16))]
+    except OSError: fds = []
+    if max(fds, default=0) < 3:  # a list of all has that of itself, but FreeBSD without fdescfs knows three alone
+        limit = os.sysconf("SC_OPEN_MAX")
+        os.closerange(3, limit if 0 < limit < _MAX_FILES else _MAX_FILES)
     for fd in fds:
         if fd > 2:
             with suppress(OSError): os.close(fd)
+
+
+_MAX_FILES = 1 << 20  # where there is no limit, or none to speak of
 
 
 class _Child:

@@ -1,41 +1,44 @@
 """Standard streams of a script that runs in this process, as a CGI program has them: descriptors 0 and 1, `sys.stdin`.
 
 What the script, or a child of it, writes to descriptor 1 goes to a file without a name, and from there to STDOUT in its
-turn: before what the script writes next, and at the end. A body of moderate size is a file at descriptor 0; a larger
-one is read from the web server as the script reads it, and becomes that file when the script asks for `fileno()`.
+turn: before what the script writes next, and at the end. Descriptor 0 is a file with the whole body, which has arrived
+before the script runs: nobody could feed a pipe while the script has the process. A large one is on disk.
 """
 from __future__ import annotations
 
 import fcntl
 import io
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
-from .cgi import Answer
+from .cgi import Answer, check_client
 from .channel import RECV
 from .handler import FcgiHandler
 
 __all__ = ("standard_streams",)
 
 NAMES = "stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__"
-SPOOL = 1 << 20  # bytes of a body that descriptor 0 has from the start
+SPOOL = 1 << 20  # bytes of a body from which on its file is on disk
 
 
 @contextmanager
 def standard_streams(handler: FcgiHandler, answer: Answer) -> Iterator[None]:
     "The streams of this request, for the process. In a child that the block forked, nothing is put back."
-    pid, stdin = os.getpid(), handler._exchange.stdin
-    first = b"" if _is_large(handler) else handler.read(SPOOL)
-    whole = stdin.ended and not stdin.size
-    with _descriptors(first if whole else b"") as out:
-        stdout = _Output(1, lambda data: answer.write(data), out, handler.flush)
+    pid = os.getpid()
+
+    def write(data: bytes) -> int:
+        if stdout.push: check_client(handler)
+        return answer.write(data)
+
+    with _descriptors(handler) as out:
+        stdout = _Output(1, write, out, handler.flush)
         stderr = _Output(2, handler.stderr.write)
-        body: Any = io.FileIO(0, "rb", closefd=False) if whole else _Body(handler, first)
-        mine = (io.TextIOWrapper(io.BufferedReader(body), "utf-8", "surrogateescape", "\n"),
+        mine = (io.TextIOWrapper(open(0, "rb", closefd=False), "utf-8", "surrogateescape", "\n"),
                 io.TextIOWrapper(_Buffer(stdout), "utf-8", "surrogateescape", "\n"),
                 io.TextIOWrapper(_Buffer(stderr), "utf-8", "backslashreplace", "\n", line_buffering=True))
         before = {o: getattr(sys, o) for o in NAMES}
@@ -53,42 +56,37 @@ def standard_streams(handler: FcgiHandler, answer: Answer) -> Iterator[None]:
 
 
 @contextmanager
-def _descriptors(body: bytes) -> Iterator[int]:
+def _descriptors(handler: FcgiHandler) -> Iterator[int]:
     "Descriptor 0 with the body, 1 with a file that is read where this says; what they were is put back."
-    pid, saved = os.getpid(), (os.dup(0), os.dup(1))
+    pid, saved = os.getpid(), [os.dup(0)]
     try:
-        stdin = _file(body) if body else os.open(os.devnull, os.O_RDONLY)
-        os.dup2(stdin, 0)
-        os.close(stdin)
-        out = _file()
-        try:
-            fcntl.fcntl(out, fcntl.F_SETFL, fcntl.fcntl(out, fcntl.F_GETFL) | os.O_APPEND)  # children write there too
-            os.dup2(out, 1)
-            yield out
-        finally: os.close(out)
+        saved.append(os.dup(1))
+        _take_body(handler)
+        with _file() as out:
+            fd = out.fileno()
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)  # children write there too
+            os.dup2(fd, 1)
+            yield fd
     finally:
         if os.getpid() == pid:
-            for i, fd in enumerate(saved):
-                os.dup2(fd, i)
-                os.close(fd)
+            for i, was in enumerate(saved):
+                os.dup2(was, i)
+                os.close(was)
 
 
-def _is_large(handler: FcgiHandler) -> bool:
-    "Whether the body is better read as it comes. What CONTENT_LENGTH says need not be true."
-    stdin, size = handler._exchange.stdin, handler.environ.get("CONTENT_LENGTH", "")
-    if stdin.ended: return stdin.size > SPOOL
-    return not size.isascii() or not size.isdecimal() or int(size) > SPOOL
+def _take_body(handler: FcgiHandler) -> None:
+    "Make a file of STDIN, at descriptor 0. What CONTENT_LENGTH says need not be true. May raise as reading does."
+    first = handler.read(SPOOL)
+    with _file() if len(first) < SPOOL else tempfile.TemporaryFile() as f:
+        f.write(first)
+        shutil.copyfileobj(handler.stdin, f, RECV)
+        f.seek(0)
+        os.dup2(f.fileno(), 0)
 
 
-def _file(content: bytes = b"") -> int:
-    "A file without a name, to be read from its begin."
-    if hasattr(os, "memfd_create"): fd = os.memfd_create("cgi")
-    else:
-        with tempfile.TemporaryFile() as f: fd = os.dup(f.fileno())
-    view = memoryview(content)
-    while view: view = view[os.write(fd, view):]
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
+def _file() -> IO[bytes]:
+    "A file without a name, in memory if that can be."
+    return open(os.memfd_create("cgi"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 class _Output(io.RawIOBase):
@@ -111,8 +109,8 @@ class _Output(io.RawIOBase):
         "Pass on what stands in the file and was not passed on yet."
         if self.file < 0: return
         while data := os.pread(self.file, RECV, self.at):
-            self.at += len(data)
             self._write(data)
+            self.at += len(data)
 
 
 class _Buffer(io.BufferedWriter):
@@ -125,30 +123,3 @@ class _Buffer(io.BufferedWriter):
         if os.getpid() != raw.pid: return
         raw.drain()
         if raw.push: raw.push()
-
-
-class _Body(io.RawIOBase):
-    "STDIN as it comes; from `fileno()` on, a file."
-
-    def __init__(self, handler: FcgiHandler, first: bytes) -> None:  # first: what was read of it
-        self.stream, self.first, self.pid, self.spooled = handler.stdin, memoryview(first), os.getpid(), False
-
-    def readable(self) -> bool: return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        if self.spooled: return os.readv(0, [buffer])
-        if self.first:
-            n = min(len(buffer), len(self.first))
-            buffer[:n], self.first = self.first[:n], self.first[n:]
-            return n
-        return self.stream.readinto1(buffer) if os.getpid() == self.pid else 0
-
-    def fileno(self) -> int:
-        if not self.spooled and os.getpid() == self.pid:
-            with tempfile.TemporaryFile() as f:
-                f.write(self.first)
-                while data := self.stream.read1(RECV): f.write(data)
-                f.seek(0)
-                os.dup2(f.fileno(), 0)
-            self.spooled = True
-        return 0

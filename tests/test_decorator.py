@@ -1,5 +1,6 @@
 """`@fastcgi`: a CGI function finds what a CGI program finds, and the same file runs in all four ways."""
-import io  # noqa: I001 - in rows
+import errno  # noqa: I001 - in rows
+import io
 import os
 import select
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from frontends.servers import wait_until
-from helpers import (AUTHORIZER, DEADLINE, FILTER, OVERLOADED, RESPONDER, STDIN, STDOUT, Program, Reader, answers, ask,
-                     begin, children, connect, converse, exchange, handling, params, rec, request, serve, split, stream)
+from helpers import (ABORT_REQUEST, AUTHORIZER, DEADLINE, FILTER, OVERLOADED, RESPONDER, STDIN, STDOUT, Program, Reader,
+                     answers, ask, begin, children, connect, converse, exchange, handling, params, rec, request, serve,
+                     split, stream, talk)
 
 from fastcgi import fastcgi
 from fastcgi.cgi import CGIHandler
@@ -49,7 +51,14 @@ def test_environment(monkeypatch):
 
 HARMFUL = ["PATH", "HOME", "SHELL", "IFS", "ENV", "CDPATH", "HTTP_PROXY", "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT",
            "DYLD_INSERT_LIBRARIES", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PERL5LIB", "PERL5OPT", "BASH_ENV",
-           "BASH_FUNC_ls%%", "GCONV_PATH", "MALLOC_CHECK_"]
+           "BASH_FUNC_ls%%", "GCONV_PATH", "MALLOC_CHECK_", *"""PERLLIB NODE_OPTIONS NODE_PATH RUBYOPT RUBYLIB CLASSPATH
+           JAVA_TOOL_OPTIONS _JAVA_OPTIONS JDK_JAVA_OPTIONS LUA_INIT LUA_INIT_5_4 LUA_PATH LUA_CPATH PHPRC TCLLIBPATH
+           PHP_INI_SCAN_DIR ZDOTDIR GIT_SSH_COMMAND GIT_CONFIG_COUNT GIT_EXEC_PATH OPENSSL_CONF OPENSSL_MODULES LOCPATH
+           GLIBC_TUNABLES SHELLOPTS BASHOPTS PS4 NLSPATH TMPDIR NOTIFY_SOCKET LISTEN_FDS LISTEN_PID LISTEN_FDNAMES
+           ERL_LIBS FASTCGI_BIND R_PROFILE_USER GEM_PATH BUNDLE_GEMFILE""".split()]
+HARMLESS = """PHP_SELF PHP_AUTH_USER REDIRECT_STATUS REDIRECT_URL SSL_CLIENT_S_DN HTTP_PATH HTTP_PROXY_X PATH_INFO
+           FCGI_ROLE REMOTE_USER SERVER_NAME GATEWAY_INTERFACE GIT_PROJECT_ROOT GIT_HTTP_EXPORT_ALL GIT_PROTOCOL
+           LISTEN_PORT NODE_ENV TZ LANG RACK_ENV X_LD_PRELOAD""".split()
 
 
 @pytest.mark.parametrize("name", HARMFUL)
@@ -60,6 +69,13 @@ def test_variables_that_choose_what_runs_are_ours_alone(name, monkeypatch):
         if name not in ("PATH", "HOME"): m.delenv(name, raising=False)
         run(program, **{name: "theirs"})
     assert seen == [os.environ.get(name) if name in ("PATH", "HOME") else None]
+
+
+def test_other_variables_are_there():
+    def program(): seen.update({o: os.environ.get(o) for o in HARMLESS})
+    seen = {}
+    run(program, **dict.fromkeys(HARMLESS, "theirs"))
+    assert seen == dict.fromkeys(HARMLESS, "theirs")
 
 
 def test_variables_that_no_process_can_have():
@@ -364,7 +380,8 @@ def test_an_exception_counts_before_a_head_that_is_none(caplog):
 
 def test_the_next_request_of_a_kept_connection_is_another():
     handler = cgi(lambda: print(HEAD * bool(sys.stdin.read()), "ok", sep="", end="", flush=True))
-    res = ask(handler, *(request(b"x" * (i % 2), i, keep=True) for i in (1, 2, 3)), eof=True)
+    data = b"".join(request(b"x" * (i % 2), i, keep=True) for i in (1, 2, 3))
+    with handling(handler) as sock: res = talk(sock, data, 3)
     assert [bytes(x.stdout) for x in res] == [HEAD.encode() + b"ok", ERROR, HEAD.encode() + b"ok"]
 
 
@@ -381,12 +398,51 @@ def test_it_is_told_where_it_is_to_be_told():
 def test_nobody_who_has_left_is_told(caplog):
     def program():
         with pytest.raises(ConnectionResetError): sys.stdin.read()
-        print("hello", flush=True)
-        print("x" * 200_000)
+        for text in ("hello", "x" * 200_000):
+            with pytest.raises(BrokenPipeError): print(text, flush=True)
         done.set()
     done = threading.Event()
     with handling(cgi(program)) as sock: sock.sendall(request()[:-8])
     assert done.wait(DEADLINE) and not caplog.messages
+
+
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.parametrize("leave", ["close", "abort"])
+def test_who_prints_on_when_the_client_has_left_is_ended(leave, flush, caplog):
+    def program():
+        print(HEAD)
+        try:
+            while True: print("x" * 99, flush=flush)
+        except BrokenPipeError as e:
+            seen.append(e.errno)
+            raise
+    seen = []
+    with handling(cgi(program)) as sock:
+        sock.sendall(request(keep=True))
+        assert sock.recv(1, socket.MSG_PEEK)
+        if leave == "abort": talk(sock, rec(ABORT_REQUEST))
+    assert seen == [errno.EPIPE] and not caplog.messages
+
+
+def test_a_child_that_prints_takes_no_input_from_its_parent():
+    def program():
+        print(HEAD, end="", flush=True)
+        if not os.fork():
+            go_r.recv(1)
+            print("child", end="", flush=True)
+            os._exit(0)
+        os.wait()
+        print(len(sys.stdin.read()))
+    go_r, go_w = socket.socketpair()
+    with go_r, go_w, handling(cgi(program)) as sock:
+        data = request(b"x" * 9)
+        sock.sendall(data[:-17])
+        reader = Reader()
+        while not reader.open: reader.feed(sock.recv(999))
+        sock.sendall(data[-17:])
+        go_w.send(b"x")
+        while not reader.answers: reader.feed(sock.recv(999))
+    assert reader.answers[0].body == b"child9\n"
 
 
 def test_what_no_web_server_asks_for_stays_as_it_is(caplog):

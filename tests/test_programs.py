@@ -1,4 +1,5 @@
 """Executables started for each request: what they find, how their answers are checked, and how they end."""
+import errno
 import json
 import logging
 import os
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from frontends.servers import wait_until
-from helpers import Program, Reader, ask, begin, connect, handling, params, request, split, stream
+from helpers import END_REQUEST, STDOUT, Program, Reader, ask, begin, connect, handling, params, request, split, stream
 
 from fastcgi import relay
 from fastcgi.cgi import Answer, arguments
 from fastcgi.programs import ProgramHandler
+from fastcgi.scripts import ScriptHandler
 
 HEAD = "printf 'Content-Type: text/plain\\n\\n'\n"
 
@@ -41,6 +43,13 @@ def gone(pid) -> bool:
     except (FileNotFoundError, ProcessLookupError): return True
 
 
+def answered(data) -> bool:
+    "Whether an answer that has begun looks whole."
+    records, _ = split(data)
+    assert b"".join(o.content for o in records if o.typ == STDOUT).endswith(b"begun\n")
+    return END_REQUEST in {o.typ for o in records}
+
+
 def test_environment_is_that_of_the_request_alone(program, monkeypatch, tmp_path):
     monkeypatch.setenv("OURS", "secret")
     handler = program(HEAD + "env", env={"EXTRA": "given"})
@@ -57,9 +66,18 @@ def test_directory_and_arguments(program, tmp_path):
 
 
 @pytest.mark.parametrize("query,words", [("", []), ("a=b", []), ("a+b", ["a", "b"]), ("+", ["", ""]), ("%3d", ["="]),
-                                         ("a%00b", ["a"]), ("%FF", ["\\\udcff"]), ("x+" * 5000, ["x"] * 1000),
-                                         ("%0a;`", ["\\\n\\;\\`"]), ("%C3%A4", ["ä"])])
-def test_arguments_of_an_indexed_query(query, words): assert arguments(query) == words
+                                         ("a+b%00c", []), ("%FF", ["\\\udcff"]), ("x+" * 999, ["x"] * 999 + [""]),
+                                         ("x+" * 1000, []), ("%0a;`", ["\\\n\\;\\`"]), ("%C3%A4", ["ä"])])
+def test_arguments_of_an_indexed_query(query, words):
+    assert arguments({"QUERY_STRING": query, "REQUEST_METHOD": "HEAD"}) == words
+    assert arguments({"QUERY_STRING": query, "REQUEST_METHOD": "POST"}) == []
+
+
+@pytest.mark.parametrize("n", [1 << 15, (1 << 15) + 1, 70_000])
+@pytest.mark.parametrize("char", [b";", b"%3b", b"\xff"], ids=repr)
+def test_arguments_that_are_too_long_are_none(n, char, program):
+    query = char * (n // len(char)) + b"x" * (n % len(char))
+    assert answer_of(program(HEAD + "echo $#"), QUERY_STRING=query).body == (b"1\n" if n == 1 << 15 else b"0\n")
 
 
 def test_nothing_of_ours_is_inherited(program):
@@ -102,22 +120,41 @@ def test_standard_error_and_exit_status(program, caplog):
     with caplog.at_level(logging.INFO): res = answer_of(program(HEAD + "echo out; echo oops >&2; exit 3"))
     assert (res.body, bytes(res.stderr), res.app_status) == (b"out\n", b"oops\n", 3)
     assert "program ended with exit=3: program" in caplog.text
-    assert answer_of(program(HEAD + "kill -9 $$")).app_status == 128 + 9
-    assert "signal=9" in caplog.text
+    res = answer_of(program("kill -9 $$"))
+    assert (res.headers["status"], res.app_status) == ("500 Internal Server Error", 128 + 9)
+    assert "program ended with signal=9: program" in caplog.text
 
 
 # Answers
 
+NONE = "the answer has no header block: it begins with b'{}'; print 'Content-Type: text/plain' and an empty line first"
+NO_LINE = "an empty line is missing: print one before b'{}', which is no header field"
+
+
 @pytest.mark.parametrize("code,said", [
-    ("echo hello\necho\n", "malformed header line 'hello'"), ("", "no output"), ("printf 'A: b\\n'", "ended before"),
-    ("printf 'A b: c\\n\\n'", "'A b: c'"), ("printf 'A: b\\n folded\\n\\n'", "' folded'"),
-    ("printf 'A: b\\rC: d\\n\\n'", "'A: b\\rC: d'"), ("printf 'HTTP/1.1 200 OK\\nA: b\\n\\n'", "'HTTP/1.1 200 OK'"),
-    ("printf ': b\\n\\n'", "': b'"), ("head -c 70000 /dev/zero | tr '\\\\0' x", "larger than 65536"),
-    ("printf 'A: \\000\\n\\n'", "malformed")], ids=range(10))
+    ("echo hello\necho\n", NONE.format("hello")), ("echo hello", NONE.format("hello")), ("", "no output"),
+    ("printf 'A: b\\n'", "the header block does not end: print an empty line after it"),
+    ("printf 'A b: c\\n\\n'", NONE.format("A b: c")), ("printf 'A: b\\n folded\\n\\n'", NO_LINE.format(" folded")),
+    ("printf 'A: b\\nhello\\n'", NO_LINE.format("hello")), ("printf 'A: b\\rC: d\\n\\n'", NONE.format("A: b\\rC: d")),
+    ("printf 'HTTP/1.1 200 OK\\nA: b\\n\\n'", NONE.format("HTTP/1.1 200 OK")),
+    ("printf ': b\\n\\n'", NONE.format(": b")),
+    ("head -c 70000 /dev/zero | tr '\\0' x", "header larger than 65536 bytes"),
+    ("printf 'A: \\000\\n\\n'", NONE.format("A: \\x00"))], ids=range(12))
 def test_answers_that_are_none(code, said, program, caplog):
     res = answer_of(program(code))
     assert (res.headers["status"], res.body) == ("500 Internal Server Error", b"500 Internal Server Error\n")
-    assert said in caplog.text and "sent 500: program" in caplog.text
+    assert f"bad answer of a program, {said}, sent 500: program" in caplog.text and res.stderr.decode() == f"{said}\n"
+
+
+def test_status_line_does_not_hide_what_is_missing(program, caplog):
+    answer_of(program("printf 'HTTP/1.0 200 OK\\nhello\\n\\n'", name="nph-program"))
+    assert NO_LINE.format("hello") in caplog.text
+
+
+@pytest.mark.parametrize("attrs", [{"stderr_to": "log"}, {"show_errors": True}])
+def test_what_is_wrong_is_told_where_it_is_to_be_told(attrs, program):
+    assert not answer_of(program("echo hello", **attrs)).stderr
+    assert not answer_of(program("", "#!/no/such/thing\n", **attrs)).stderr
 
 
 @pytest.mark.parametrize("out,head", [
@@ -153,15 +190,31 @@ def test_head_however_it_is_cut(size):
     ("#!/usr/bin/env sh\r\n", 0o755, "500 Internal Server Error", "its first line ends in CR LF: save it with Unix"),
     ("echo no first line\n", 0o755, "500 Internal Server Error", "does not say which program runs it")])
 def test_what_cannot_be_started(first, mode, status, said, program, caplog):
-    assert answer_of(program(HEAD, first, mode=mode)).headers["status"] == status
-    assert said in caplog.text
+    res = answer_of(program(HEAD, first, mode=mode))
+    assert res.headers["status"] == status and said in caplog.text and said in res.stderr.decode()
 
 
 def test_program_that_is_not_there_or_a_directory(tmp_path, caplog):
-    assert answer_of(ProgramHandler.of(tmp_path / "nothing")).headers["status"] == "404 Not Found"
+    res = answer_of(ProgramHandler.of(tmp_path / "nothing"))
+    assert (res.headers["status"], res.stderr) == ("404 Not Found", b"")
     assert answer_of(ProgramHandler.of(tmp_path)).headers["status"] == "403 Forbidden"
     res = answer_of(ProgramHandler.of(tmp_path / "nothing"), REQUEST_METHOD="HEAD")
     assert res.body.strip() == b"" and "no such program" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [ProgramHandler, ScriptHandler])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_nothing_is_left_open_where_there_are_too_few_descriptors(n, kind, program, monkeypatch, caplog):
+    def pipe():
+        if len(made) == n: raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(real())
+        return made[-1]
+    real, made = os.pipe, []
+    handler = kind.of(program("").path, isolate=True) if kind is ScriptHandler else program(HEAD)
+    monkeypatch.setattr(os, "pipe", pipe)
+    assert answer_of(handler, b"x").headers["status"] == "500 Internal Server Error"
+    assert len(made) == n and "Too many open files" in caplog.text
+    for fd in sum(made, ()): pytest.raises(OSError, os.fstat, fd)
 
 
 # Time, limits, and clients that leave
@@ -180,14 +233,34 @@ def test_deadline(trap, program, tmp_path, short_grace, caplog):
     for pid in (tmp_path / "pid").read_text().split(): wait_until(lambda pid=pid: gone(pid), "all of it has ended")
 
 
+def test_signal_in_the_middle_of_an_answer_does_not_let_it_look_whole(program, tmp_path, caplog):
+    os.mkfifo(tmp_path / "fifo")
+    data = b""
+    with handling(program(HEAD + "echo begun\nread x <fifo\nkill -SEGV $$")) as sock:
+        sock.sendall(request())
+        while b"begun" not in data: data += sock.recv(1 << 16)
+        (tmp_path / "fifo").write_text("go on\n")
+        while more := sock.recv(1 << 16): data += more
+    assert not answered(data) and "program ended with signal=11, cut" in caplog.text
+
+
+def test_signal_before_any_of_an_answer_has_left(program):
+    class Handler(ProgramHandler):
+        def relay(self, *args):
+            self._channel.flush = lambda *args: None
+            super().relay(*args)
+    handler = Handler.of(program(HEAD + "echo begun; kill -SEGV $$").path)
+    res = answer_of(handler)
+    assert (res.headers["status"], res.app_status) == ("500 Internal Server Error", 128 + 11)
+    assert b"begun" not in res.stdout
+
+
 def test_deadline_in_the_middle_of_an_answer_does_not_let_it_look_whole(program, tmp_path, short_grace, caplog):
     os.mkfifo(tmp_path / "fifo")
     with handling(program(HEAD + "echo begun\nread x <fifo", deadline=.3)) as sock:
         sock.sendall(request())
         data = b"".join(iter(lambda: sock.recv(1 << 16), b""))
-    records, _ = split(data)
-    assert b"".join(o.content for o in records).endswith(b"begun\n") and 3 not in {o.typ for o in records}
-    assert "program ended after 0.3 s, cut" in caplog.text
+    assert not answered(data) and "program ended after 0.3 s, cut" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["", ">&2"])

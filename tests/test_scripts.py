@@ -1,4 +1,5 @@
 """Python scripts that stay loaded: each request finds what `python script.py` would, and leaves nothing behind."""
+import errno
 import os
 import subprocess
 import sys
@@ -121,15 +122,29 @@ def test_body_that_the_script_does_not_read(script):
     assert answer_of(script(HEAD + "print('no')"), bytes(2 << 20)).body == b"no\n"
 
 
-def test_large_body_is_read_as_it_comes(script):
-    code = "import sys\n" + HEAD + "print('got', sys.stdin.readline(), flush=True)\nprint(sys.stdin.read())"
-    with handling(script(code)) as sock:
-        sock.sendall(begin() + params(dict(REQUEST_METHOD="POST", CONTENT_LENGTH="")) + stream(5, b"first\n")[:-8])
-        reader = Reader()
-        while not any(b"got first" in o.stdout for o in reader.open.values()): reader.feed(sock.recv(1 << 16))
-        sock.sendall(stream(5, b"second"))
-        while not reader.answers: reader.feed(sock.recv(1 << 16))
-        assert reader.answers[0].body == b"got first\n\nsecond\n"
+@pytest.mark.parametrize("said", [None, "", "3"])
+@pytest.mark.parametrize("n", [5, 70_000, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_children_have_the_whole_body(n, said, script):
+    code = "import subprocess\n" + HEAD + "print(subprocess.check_output(['wc', '-c']).decode())"
+    environ = {} if said is None else {"CONTENT_LENGTH": said}
+    assert answer_of(script(code), bytes(n), **environ).body.split() == [b"%d" % n]
+
+
+def test_client_that_leaves_in_the_middle_of_its_upload(script, tmp_path, caplog):
+    with handling(script("open('ran', 'w')")) as sock: sock.sendall(request(bytes(2 << 16))[:1 << 16])
+    assert not (tmp_path / "ran").exists() and not caplog.messages
+
+
+def test_nothing_is_left_open_where_there_are_too_few_descriptors(script, monkeypatch, caplog):
+    def dup(fd):
+        if made: raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(real(fd))
+        return made[0]
+    real, made = os.dup, []
+    monkeypatch.setattr(os, "dup", dup)
+    assert answer_of(script(HEAD)).headers["status"] == "500 Internal Server Error"
+    assert "Too many open files" in caplog.text
+    with pytest.raises(OSError): os.fstat(made[0])
 
 
 ORDER = """
@@ -178,6 +193,24 @@ def test_standard_error(script):
 
 # Ends
 
+@pytest.mark.parametrize("line", ["print('tick', flush=True)", "print('tick')",
+                                  "subprocess.run(['echo', 'tick']); sys.stdout.flush()"])
+def test_script_whose_client_has_left_is_ended(line, script, tmp_path, caplog):
+    code = "import subprocess, sys\n" + HEAD + f"""
+sys.excepthook = lambda *o: open('told', 'w')
+sys.stdout.flush()
+try:
+    while True: {line}
+except BrokenPipeError as e:
+    with open('seen', 'w') as f: f.write(f'{{e.errno == 32}}')
+    raise
+"""
+    with handling(script(code)) as sock:
+        sock.sendall(request())
+        assert sock.recv(1)
+    assert (tmp_path / "seen").read_text() == "True" and not (tmp_path / "told").exists() and not caplog.messages
+
+
 def test_exit(script):
     res = answer_of(script(HEAD + "import sys; print('x'); sys.exit(3)"))
     assert (res.body, res.app_status) == (b"x\n", 3)
@@ -204,10 +237,12 @@ def test_script_that_does_not_compile(script, caplog):
     assert "SyntaxError" in caplog.text
 
 
-@pytest.mark.parametrize("code,said", [("", "no output"), ("print('hello')\nprint()", "header line 'hello'")])
+@pytest.mark.parametrize("code,said", [("", "no output"), ("print('hello')\nprint()", "it begins with b'hello'; print"),
+                                       ("print('hello')", "it begins with b'hello'; print 'Content-Type: text/plain'")])
 def test_answers_that_are_none(code, said, script, caplog):
-    assert answer_of(script(code)).headers["status"] == "500 Internal Server Error"
-    assert said in caplog.text
+    res = answer_of(script(code))
+    assert res.headers["status"] == "500 Internal Server Error"
+    assert said in caplog.text and said in res.stderr.decode()
 
 
 def test_script_that_is_not_there(tmp_path):
@@ -285,9 +320,38 @@ def test_isolated(short_dir):
         assert seen[0] != seen[1]
 
 
-@pytest.mark.parametrize("code,status", [("import os; os._exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)])
+@pytest.mark.parametrize("known", [["0", "1", "2"], None])
+def test_isolated_child_closes_what_no_list_has(known):
+    code = f"""
+import os
+from fastcgi import scripts
+def listdir(path):
+    if not {known}: raise FileNotFoundError(path)
+    return {known}
+os.listdir, fds = listdir, os.pipe()
+scripts._close_others()
+for fd in fds:
+    try: os.fstat(fd)
+    except OSError: print("closed")
+"""
+    with Program("-c", code) as app: assert (app.ended(), app.said()) == (0, "closed\nclosed\n")
+
+
+def test_isolated_body_comes_as_it_is_sent(short_dir):
+    code = "import sys\n" + HEAD + "print('got', sys.stdin.readline(), flush=True)\nprint(sys.stdin.read())"
+    with serving(code, short_dir, isolate=True), connect(short_dir / "sock") as sock:
+        sock.sendall(begin() + params(dict(REQUEST_METHOD="POST", CONTENT_LENGTH="")) + stream(5, b"first\n")[:-8])
+        reader = Reader()
+        while not any(b"got first" in o.stdout for o in reader.open.values()): reader.feed(sock.recv(1 << 16))
+        sock.sendall(stream(5, b"second"))
+        while not reader.answers: reader.feed(sock.recv(1 << 16))
+        assert reader.answers[0].body == b"got first\n\nsecond\n"
+
+
+@pytest.mark.parametrize("code,status", [(HEAD + "import os, sys; sys.stdout.flush(); os._exit(7)", 7),
+                                         ("import os; os.kill(os.getpid(), 9)", 137)])
 def test_isolated_script_may_do_anything_to_its_process(code, status, short_dir):
-    with serving(HEAD + "import sys; sys.stdout.flush()\n" + code, short_dir, isolate=True, preload=("json",)) as app:
+    with serving(code, short_dir, isolate=True, preload=("json",)) as app:
         for _ in range(2): assert asked(short_dir).app_status == status
         assert "worker ended" not in app.said()
 

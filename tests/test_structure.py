@@ -47,7 +47,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "paths": "",
     "wsgi": "core errors framing handler paths response streams",
     "wsgiserver": "core decorator paths prefork wsgi",
-    "cgi": "connection core grammar handler request streams",
+    "cgi": "connection core errors forks grammar handler request streams",
     "relay": "cgi channel handler",
     "programs": "cgi connection handler relay",
     "stdio": "cgi channel handler",

@@ -27,7 +27,7 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 REQUESTS = {  # of each program: what follows its name, the body, headers, if there are any
     "env.py": [("?a=b",), ("/more/p%20i/%C3%A4?x+y", b"12", {"X-Thing": "1, 2", "Cookie": "a=b"}), ("/",), ("//x//",)],
-    "argv.py": [("?a+b%3b%22c+%24d+--x+%C3%A4",), ("?a=b",), ("",), ("?%3d+%00x+",)],
+    "argv.py": [("?a+b%3b%22c+%24d+--x+%C3%A4",), ("?a=b",), ("",), ("?%3d++x+",)],
     "echo.py": [("", b"some text\r\nand more\n"), ("", b"x" * 70000, {"Content-Type": "text/x-thing"}), ("",)],
     "binary.py": [("",), ("", BODY * 300)],
     "form.py": [("?name=Ada&name=Bob",), ("", b"name=Zo%C3%AB&x=%3Cb%3E", FORM),
@@ -43,7 +43,7 @@ REQUESTS = {  # of each program: what follows its name, the body, headers, if th
     "fork.py": [("", b"abc")],
     "page.py": [("",)],
     "env.sh": [("?a=b",), ("/more/p%20i?x+y", b"12", {"X-Thing": "1, 2"})],
-    "argv.sh": [("?a+b%3b%22c+%24d+--x+%26%2a",), ("?a=b",), ("/x?-n", b"post")],
+    "argv.sh": [("?a+b%3b%22c+%24d+--x+%26%2a",), ("?a=b",), ("/x?-n",), ("/x?a=n", b"post")],
     "cat.sh": [("", BODY), ("", BODY * 12), ("",)],
     "nohead.sh": [("",)],
     "malformed.sh": [("",)],
