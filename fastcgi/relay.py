@@ -63,7 +63,9 @@ class Relay:
         self.until = None if deadline is None else monotonic() + deadline
         try:
             while self.stdout in self.fds or self.process.poll() is None:
-                if self.exchange.aborted and not self.killing: self._end("the client has left")
+                if self.exchange.aborted and not self.killing:
+                    if self.channel.connection.eof: self.channel.connection.send_failed()  # as `Channel.gone` does
+                    self._end("the client has left")
                 if not self._step() and not self._expired(deadline): break
             for _ in range(LAST_WORDS):
                 if self.stderr not in self.fds or not self._read_err(): break
