@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from .cgi import Answer, arguments, tell, variables
 from .connection import status_page
+from .core import Role
 from .handler import FcgiHandler
 from .relay import Relay
 
@@ -32,9 +33,11 @@ class ProgramHandler(FcgiHandler):
     Status 404 if there is no such file, 403 if it may not be executed, 500 if it cannot be started or answers nothing
     that has a head, 504 if its time is up before that. Once some of its answer has left, that is broken off if its time
     is up or a signal ends it. What it says on standard error goes to FCGI_STDERR; its exit status is the application
-    status, 128 and the signal where that ended it.
+    status, 128 and the signal where that ended it. Only a Responder is served: a program is not told of its role, and
+    to an Authorizer's request each `200` would mean that it is allowed.
     """
     path = ""
+    roles = frozenset({Role.RESPONDER})
     deadline: float | None = 300  # seconds that a program may run
     limits: Mapping[str, int] = {}  # of its resources: AS=bytes, CPU=seconds, NPROC, FSIZE, ..., see setrlimit(2)
     env: Mapping[str, str] = {}  # variables beside those of the request

@@ -12,7 +12,22 @@ from pathlib import Path
 
 import pytest
 from frontends.servers import wait_until
-from helpers import END_REQUEST, STDOUT, Program, Reader, ask, begin, connect, handling, params, request, split, stream
+from helpers import (
+    AUTHORIZER,
+    END_REQUEST,
+    STDOUT,
+    UNKNOWN_ROLE,
+    Program,
+    Reader,
+    ask,
+    begin,
+    connect,
+    handling,
+    params,
+    request,
+    split,
+    stream,
+)
 
 from fastcgi import relay
 from fastcgi.cgi import Answer, arguments
@@ -31,6 +46,12 @@ def program(tmp_path):
         path.chmod(mode)
         return ProgramHandler.of(path, **attrs)
     return make
+
+
+def test_only_a_responder_is_served(program):
+    "An Authorizer's 200 lets a request pass."
+    res, = ask(program(HEAD), request(role=AUTHORIZER))
+    assert (res.protocol_status, bytes(res.stdout)) == (UNKNOWN_ROLE, b"")
 
 
 def answer_of(handler, stdin=b"", **environ):
