@@ -125,6 +125,8 @@ class PreForkMixIn(Base):
         kind, key = parse_address(address).kind, reexec.key_of(address)
         if sock := reexec.claim(key):
             if kind in ("unix", "tcp"): sock.listen(backlog)
+            if kind == "unix" and not os.path.exists(path := parse_address(address).path) and not reexec.is_trial():
+                log.warning("the socket file has been removed: %s; only a restart makes it anew", path)
         else:
             user, group = self.listen_owner, self.listen_group
             if kind == "unix" or not (is_root() or is_us(self.user, self.group)):

@@ -295,6 +295,16 @@ def test_status_process_is_replaced_too(run, short_dir):
     assert srv.app.stop() == 0 and "WARNING" not in srv.app.said()
 
 
+def test_a_socket_file_that_was_removed_is_told_of(run):
+    srv = run()
+    os.unlink(srv.address)
+    srv.change("v2")
+    srv.reload()
+    srv.says("new code: serving")
+    assert srv.app.said().count("WARNING the socket file has been removed: ") == 1
+    assert srv.app.stop() == 0
+
+
 def test_two_signals_at_once(run):
     srv = run()
     srv.change("v2")
