@@ -339,11 +339,11 @@ def test_kept_connections_of_an_inherited_socket_that_blocks(run, code, n):
     with socket.create_server(("127.0.0.1", 0)) as sock, ExitStack() as stack:
         srv = run(options, address="fd:0", stdin=sock, code=code % ("v1", options))
         srv.address = sock.getsockname()
-        kept = [stack.enter_context(connect(srv.address)) for _ in range(3)]
+        kept, before = [stack.enter_context(connect(srv.address)) for _ in range(3)], srv.workers
         for o in kept: assert srv.ask(sock=o, keep=True)[0] == "v1"
         srv.change("v2", code=code % ("v2", options))
         srv.reload()
-        srv.serves("v2")
+        wait_until(lambda: len(srv.workers) == n and not srv.workers & before, "the end of the old ones")
         for o in kept: assert srv.ask(sock=o, keep=True)[0] == "v2"
         os.kill(srv.pid, signal.SIGTTIN)
         wait_until(lambda: len(srv.workers) == n + 1, "one more")

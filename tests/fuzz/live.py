@@ -119,7 +119,7 @@ def fuzz(kind: str, inputs: list[bytes], n: int, seed: int, say: bool = False) -
     with running(kind) as (app, address):
         for _ in range(20): good(address)
         workers = sorted(children(app.pid))
-        before = [(size(x), descriptors(x)) for x in workers]
+        memory, most = max(map(size, workers)), max(map(descriptors, workers))  # one may not have begun to serve
         hands = [threading.Thread(target=hand, args=(i,)) for i in range(HANDS)]
         for x in hands: x.start()
         try:
@@ -132,10 +132,10 @@ def fuzz(kind: str, inputs: list[bytes], n: int, seed: int, say: bool = False) -
             fail(f"the log says {app.said()[max(odd.start() - 300, 0):][:2000]}", seen.last)
         else:
             end = time.monotonic() + DEADLINE
-            while any(descriptors(pid) > n + 2 for pid, (_, n) in zip(workers, before, strict=True)):
+            while any(descriptors(pid) > most + 2 for pid in workers):
                 if time.monotonic() > end: return fail(f"descriptors: {[descriptors(x) for x in workers]}", []) or seen
-            for pid, (old, _) in zip(workers, before, strict=True):
-                if size(pid) > old + GROWTH: fail(f"memory of a worker: {old >> 10} -> {size(pid) >> 10} kB", [])
+            for pid in workers:
+                if size(pid) > memory + GROWTH: fail(f"memory of a worker: {memory >> 10} -> {size(pid) >> 10} kB", [])
         late = [x for x in seen.times if x > SOON]
         if max(seen.times) > LATE or len(late) > len(seen.times) // 20:
             fail(f"{len(late)} of {len(seen.times)} good requests took over {SOON} s, one {max(seen.times):.1f} s", [])
