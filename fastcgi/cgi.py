@@ -27,8 +27,8 @@ from .handler import FcgiHandler
 from .request import Lazy
 from .streams import OutputStream
 
-__all__ = ("CGIHandler", "ClientLeft", "check_client", "tell", "is_cgi", "run_as_cgi", "Answer", "variables",
-           "arguments", "environment", "directory")
+__all__ = ("CGIHandler", "ClientLeft", "check_client", "tell", "page_instead", "is_cgi", "run_as_cgi", "Answer",
+           "variables", "arguments", "environment", "directory")
 
 log = logging.getLogger("fastcgi.handler")
 
@@ -61,6 +61,13 @@ def tell(handler: FcgiHandler, why: str) -> None:
     "Say in the web server's log what is wrong with a program, unless its author reads ours, or a page that says it."
     if handler.stderr_to == "log" or handler.show_errors: return
     handler._exchange.write_err(f"{why}\n".encode("utf-8", "backslashreplace"))
+
+
+def page_instead(handler: FcgiHandler, status: str, why: str) -> bytes:
+    "A page of ours in the place of a program's answer. It says why where that is for its author, see `show_errors`."
+    body = handler.environ.get("REQUEST_METHOD") != "HEAD"
+    page = status_page(status, body)
+    return page + f"\n{why}\n".encode("utf-8", "backslashreplace") if handler.show_errors and body else page
 
 
 class CGIHandler(FcgiHandler):
@@ -300,16 +307,14 @@ class Answer:
         cut = self.begun and not self.handler._exchange.discard_output()
         log.error("%s, %s: %s %s", why, "cut" if cut else f"sent {status[:3]}", self.name, self.handler._about())
         if cut: self.handler._channel.connection.send_failed()
-        elif not self._refused: self._page(status)
+        elif not self._refused:
+            self._refused = True
+            self.handler.write(page_instead(self.handler, status, why))
 
     def _refuse(self, what: str, more: str = "") -> None:
         why = f"{what}{more and ': '}{more}"
         tell(self.handler, why)
         self.fail("500 Internal Server Error", f"bad answer of a program, {why}")
-
-    def _page(self, status: str) -> None:
-        self._refused = True
-        self.handler.write(status_page(status, self.handler.environ.get("REQUEST_METHOD") != "HEAD"))
 
     def _checked(self, head: bytes) -> bytes | None:
         "The head as it is to leave; None if it is none, which was answered then."

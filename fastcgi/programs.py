@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from .cgi import Answer, arguments, tell, variables
-from .connection import status_page
+from .cgi import Answer, arguments, page_instead, tell, variables
 from .core import Role
 from .handler import FcgiHandler
 from .relay import Relay
@@ -104,7 +103,7 @@ class ProgramHandler(FcgiHandler):
         "Answer with a status page, and tell the log why; the web server's, too, unless there is no such program."
         log.error("%s, sent %s: %s", why, status[:3], self._about())
         if not status.startswith("404"): tell(self, why)
-        self.write(status_page(status, self.environ.get("REQUEST_METHOD") != "HEAD"))
+        self.write(page_instead(self, status, why))
 
     def _variables(self) -> dict[bytes, bytes]:
         "All of a program's environment."

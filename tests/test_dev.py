@@ -487,6 +487,19 @@ def test_dev_serves_gateways_and_scripts_and_shows_what_they_raise(dev, short_di
     assert d.stop() == 0
 
 
+@pytest.mark.parametrize(("text", "mode", "status", "says"), [
+    ("#!/bin/sh\necho hi\n", 0o755, 500, "it begins with b'hi"), ("#!/bin/sh\r\necho hi\n", 0o755, 500, "CR"),
+    ("#!/no/such/sh\necho hi\n", 0o755, 500, "interpreter is not"), ("#!/bin/sh\necho hi\n", 0o644, 403, "chmod")])
+def test_dev_shows_what_is_wrong_with_a_program(dev, short_dir, text, mode, status, says):
+    (short_dir / "programs").mkdir()
+    write(short_dir / "programs" / "a.sh", text)
+    (short_dir / "programs" / "a.sh").chmod(mode)
+    d = dev("", target="programs")
+    found, page = d.get("/a.sh")
+    assert found == status and says in page, page
+    assert d.stop() == 0
+
+
 def test_settings_are_those_of_serve(dev, short_dir):
     (short_dir / "a.toml").write_text('kind = "cgi"\nworkers = 4\nbind = "/none/such"\n')
     d = dev("def both(*args): print('Content-Type: text/plain\\n\\nfine', end='')", "-c", "a.toml",

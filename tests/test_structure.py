@@ -49,7 +49,7 @@ ROOMS = {  # module: what it may import of ours; nothing points back
     "wsgiserver": "core decorator paths prefork wsgi",
     "cgi": "connection core errors forks grammar handler request streams",
     "relay": "cgi channel handler",
-    "programs": "cgi connection core handler relay",
+    "programs": "cgi core handler relay",
     "stdio": "cgi channel handler",
     "scripts": "cgi errors forks programs request stdio",
     "cgibin": "response scripts",
