@@ -506,4 +506,4 @@ class Connection(Framing):
         "The last record of `exchange` is on its way."
         self.exchanges.pop(exchange.id, None)
         if not exchange.keep_conn: self.closing = True
-        if exchange._assumed or self._pad or not exchange.complete: self.early = True
+        if exchange._assumed or not exchange.complete: self.early = True

@@ -283,15 +283,6 @@ def test_ended_request_is_forgotten_without_the_garbage_collector():
     finally: gc.enable()
 
 
-def test_padding_of_the_last_record_may_still_come():
-    "Else it would be a reset that eats the answer."
-    data = begin() + params({}) + rec(STDIN, padding=200)
-    for cut, early in (len(data), False), (len(data) - 1, True), (len(data) - 200, True):
-        wire = Wire()
-        wire.send(data[:cut])[0].exchange.end()
-        assert wire.connection.early is early
-
-
 def test_status_page():
     assert status_page("503 Service Unavailable") == (
         b"Status: 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n503 Service Unavailable\n")
