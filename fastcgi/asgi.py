@@ -20,7 +20,7 @@ from .core import Role
 from .errors import RequestAborted
 from .lifespan import Lifespan
 from .request import CONTROLS
-from .response import content_length, has_body, pack_head, pack_raw_head
+from .response import has_body, pack_head, pack_raw_head
 from .scope import passes_hints, scope_of
 
 __all__ = ("ASGIHandler", "scope_of")
@@ -146,13 +146,8 @@ class ASGIHandler(AsyncFcgiHandler):
         else: raise RuntimeError(f"unexpected ASGI message {what!r}: FastCGI can do no such thing")
 
     def _start(self, status: int, headers: Any) -> None:
-        if type(headers) is not list: headers = list(headers)
-        length = None
-        for name, value in headers:
-            if len(name) == 14 and name.lower() == b"content-length":
-                length = content_length(value.decode("latin-1"), length)
-        if status == 204 and length is not None: headers = [o for o in headers if o[0].lower() != b"content-length"]
-        self._head, self._says_error = pack_raw_head(status, headers), status >= 500
+        self._head, length = pack_raw_head(status, headers)
+        self._says_error = status >= 500
         if has_body(status, self.environ.get("REQUEST_METHOD", "")): self._length = length
         else: self._bodiless = True
 
@@ -183,7 +178,7 @@ class ASGIHandler(AsyncFcgiHandler):
 
     async def _hint(self, links: Any) -> None:
         self._hinted = True
-        self._exchange.write(pack_raw_head(103, [(b"Link", o) for o in links]))
+        self._exchange.write(pack_raw_head(103, [(b"Link", o) for o in links])[0])
         await self.flush()
 
     # The end of it

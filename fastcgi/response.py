@@ -55,16 +55,20 @@ def pack_head(
 def pack_raw_head(
     status: int,
     headers: Iterable[tuple[bytes, bytes]],  # names and values as they are to leave
-) -> bytes:
-    "As `pack_head`, for headers in bytes, as ASGI has them."
+) -> tuple[bytes, int | None]:  # the head with its blank line; Content-Length, None if there is none
+    "As `pack_head`, for headers in bytes, as ASGI has them. Raises `ValueError` for a bad Content-Length too."
     if (first := _FIRST.get(status)) is None: first = pack_head(status)[:-2]
-    lines = [first]
+    lines, length = [first], None
     for name, value in headers:
         if (start := _STARTS.get(name)) is None: start = _start(bytes(name))
         if _RAW_BREAK.search(value): raise ValueError(f"line break or NUL in the value of {_text(name)}")
-        if start: lines += start, value.strip(), b"\r\n"
+        if not start: continue
+        if len(name) == 14 and name.lower() == b"content-length":
+            length = content_length(_text(value), length)
+            if status == 204: continue  # RFC 9110 8.6
+        lines += start, value.strip(), b"\r\n"
     lines.append(b"\r\n")
-    return b"".join(lines)
+    return b"".join(lines), length
 
 
 def pack_native_head(
